@@ -4,8 +4,8 @@
 two, keeps block (i, j) if i == j or i XOR j is one of the first strides 1, 2, 4, ...; a rectangular weight stretches a
 square pattern, so that each of its cells becomes a rectangle.
 
-**Beyond the paper**, so that at every size and every number of strides the block rows are balanced (their counts of kept
-blocks differ by at most one), and so are the block columns:
+**Beyond the paper**, so that at every size and every number of strides the block rows are balanced (their counts of
+kept blocks differ by at most one), and so are the block columns:
 
 - *Mixed radix.* XOR is the difference in the group Z_2 x Z_2 x ...; for any n we take Z_p x Z_q x ..., with p, q, ...
   the prime factors of n in ascending order (24 = 2 * 2 * 2 * 3). Keeping the blocks whose difference is one of a list
