@@ -174,7 +174,7 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 @_without_autocast
-def project_svd(weight: Tensor, support: Support, rank: int, iters: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+def project_svd(weight: Tensor, support: Support, rank: int, iters: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     """A compact weight close to `weight`, with a basis of its own: (blocks, u, v), v with orthonormal columns.
 
     Alternates between the support (exact, given the low-rank term) and the low-rank term (one warm-started step of
