@@ -1,0 +1,269 @@
+"""CPU lowerings: each `pixelfly::` operator becomes a TorchInductor C++ template, with pointwise epilogues fused.
+
+Everything private of Inductor that the CPU side leans on stands in this file. The C++ itself is in `templates/`.
+What a template cannot take (other dtypes, odd ranks) runs the operator's reference, as a call from the generated code.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jinja2
+import sympy
+import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import ir
+# Before the templates: Inductor's own import order, another one is circular.
+from torch._inductor.lowering import fallback_handler, register_lowering  # isort: skip
+from torch._inductor.lowering import lowerings as L  # isort: skip
+from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
+from torch._inductor.codegen.cpp_template import CppTemplate
+from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.ir import FixedLayout, IRNode, TensorBox
+from torch._inductor.utils import parallel_num_threads
+from torch._inductor.virtualized import V, ops
+
+from pixelfly_compiler.kernels.reference import SupportIndex
+
+log = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
+_ROW_TILE = 48  # rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1
+
+_templates = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined
+)
+
+
+class PixelflyCppTemplate(CppTemplate):
+    """A template whose output is a 2d buffer, computed tile by tile in local fp32 accumulators, then Inductor's epilogue."""
+
+    def __init__(self, name: str, inputs: dict[str, IRNode], layout: FixedLayout, params: dict[str, Any]) -> None:
+        self.named = {key: ir.InputsKernel.unwrap_storage_for_input(node) for key, node in inputs.items()}
+        super().__init__(f"pixelfly_{name}", list(self.named.values()), layout, parallel_num_threads())
+        self.file = f"{name}.cpp.jinja"
+        self.params = params
+        self._render_state: dict[str, Any] = {}
+
+    def stub(self, kernel: CppTemplateKernel) -> str:
+        """The kernel's signature; a buffer given for two inputs (x^T x) is one argument."""
+        state = self._render_state
+        unique = {node.get_name(): name for name, node in reversed(self.named.items())}
+        inputs = {name: node for name, node in self.named.items() if unique[node.get_name()] == name}
+        header = kernel.def_kernel(inputs=inputs, outputs={"Y": state["Y"]}, aliases=state["aliases"])
+        return f'extern "C" {header}'
+
+    def render(  # type: ignore[override]
+        self,
+        kernel: CppTemplateKernel,
+        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        flag_template_buffer_has_other_users: bool | None = None,
+        epilogue_nodes: list[IRNode] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
+        state = self._epilogue_state(template_buffer, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
+        self._render_state = state
+        threads = "" if inductor_config.cpp.dynamic_threads else f"num_threads({self.num_threads})"
+        with patch.object(V.graph, "get_dtype", self._fake_get_dtype(state["fake_buffers"])):
+            return _templates.get_template(self.file).render(
+                template=self,
+                kernel=kernel,
+                num_threads=self.num_threads,
+                num_threads_clause=threads,
+                scalar=DTYPE_TO_CPP[self.layout.dtype],
+                **self.named,
+                **self.params,
+                **state,
+            )
+
+    def _epilogue_state(self, template_buffer: Any, has_other_users: bool, nodes: list[IRNode]) -> dict[str, Any]:
+        """Where the tiles are stored and through which pointwise nodes; see NOTE in Inductor's cpp_gemm_template."""
+        epilogues: list[Any] = []
+        reindexers: list[Callable[..., Any] | None] = []
+        aliases: set[str] = set()
+        gemm_out = template_buffer
+        fake_buffers = [template_buffer]
+        if nodes and has_other_users:
+            # The accumulators are local, so the plain result needs a store of its own.
+            gemm_out = ir.Buffer(name=f"{template_buffer.get_name()}_GemmOut", layout=template_buffer.layout)
+            epilogues.append(
+                ir.ComputedBuffer(
+                    name=template_buffer.get_name(), layout=template_buffer.layout, data=_rounded(gemm_out)
+                )
+            )
+            reindexers.append(None)
+            aliases.add(gemm_out.get_name())
+            fake_buffers.append(gemm_out)
+        y = y_2d = template_buffer
+        if nodes:
+            if not has_other_users:
+                aliases.add(template_buffer.get_name())
+            epilogues.extend(nodes)
+            y = epilogues[-1]
+            y_2d, reindexers = gen_2d_view_of_epilogue_buf(
+                y, template_buffer, nodes, reindexers, default_reindexers=[None] * len(nodes)
+            )
+        return {
+            "Y": y,
+            "Y_2d": y_2d,
+            "GemmOut": gemm_out,
+            "epilogue_nodes": epilogues,
+            "reindexers": reindexers,
+            "aliases": {alias: y.get_name() for alias in aliases},
+            "fake_buffers": fake_buffers,
+        }
+
+
+def _rounded(buffer: ir.Buffer) -> ir.Pointwise:
+    load, dtype = buffer.make_loader(), buffer.get_dtype()
+    return ir.Pointwise(
+        device=buffer.get_device_or_error(),
+        dtype=dtype,
+        inner_fn=lambda index: ops.to_dtype(load(index), dtype),
+        ranges=buffer.get_size(),
+    )
+
+
+def _call(name: str, inputs: dict[str, Any], size: list[Any], params: dict[str, Any]) -> TensorBox:
+    """The output of template `name` as a 2d contiguous buffer of the first input's dtype and device."""
+    first = next(iter(inputs.values()))
+    layout = FixedLayout(first.get_device(), first.get_dtype(), size)
+    return PixelflyCppTemplate(name, inputs, layout, params).generate().output_node()
+
+
+def _row_major(x: TensorBox) -> TensorBox:
+    """x (rows, columns) in memory with neighbouring columns and a static leading dimension; a copy only where needed."""
+    x = ir.ExternKernel.realize_input(x)
+    if isinstance(x.get_layout(), ir.FlexibleLayout):
+        x.freeze_layout()
+    leading, unit = x.get_stride()
+    return x if unit == 1 and isinstance(leading, (int, sympy.Integer)) else ir.ExternKernel.require_contiguous(x)
+
+
+def _contiguous(x: TensorBox) -> TensorBox:
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def _static(*sizes: Any) -> bool:
+    return all(isinstance(size, (int, sympy.Integer)) for size in sizes)
+
+
+def _lower_linear(
+    x: TensorBox,
+    blocks: TensorBox,
+    u: TensorBox | None,
+    v: TensorBox | None,
+    index: TensorBox | None,
+    features: int,
+    transposed: bool,
+) -> tuple[TensorBox, TensorBox]:
+    rows, k = x.get_size()
+    nnz, b_out, b_in = blocks.get_size()
+    rank = 0 if v is None else v.get_size()[1]
+    supported = x.get_dtype() in _DTYPES and _static(k, nnz, b_out, b_in, rank, features) and nnz > 0
+    if not supported or b_out % 16 or b_in % 16 or rank % 16 or x.get_device().type != "cpu":
+        return _fallback(torch.ops.pixelfly.linear.default)(x, blocks, u, v, index, features, transposed)
+    x = _row_major(x)
+    inputs = {"X": x, "BLOCKS": _contiguous(blocks)}
+    if rank:
+        t = _lowrank_in(x, v)
+        inputs |= {"T": t, "U": _contiguous(u)}
+    else:
+        t = L[torch.ops.aten.empty.memory_format](
+            [rows, 0], dtype=x.get_dtype(), device=x.get_device(), layout=torch.strided
+        )
+    if index is not None:
+        inputs["INDEX"] = _contiguous(index)
+    y = _call("linear", inputs, [rows, features], _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None))
+    return y, t
+
+
+def _linear_params(
+    x: TensorBox, nnz: int, b_out: int, b_in: int, rank: int, features: int, transposed: bool, dense: bool
+) -> dict[str, Any]:
+    rows, k = x.get_size()
+    block_k, block_n = (b_out, b_in) if transposed else (b_in, b_out)
+    out_blocks, in_blocks = (math.ceil(size / b) for size, b in (((k, b_out), (features, b_in)) if transposed else ((features, b_out), (k, b_in))))
+    crow_t = out_blocks + 1 + 2 * nnz
+    few = not transposed and block_k % 32 == 0 and rank % 32 == 0 and x.get_dtype() != torch.float16
+    static_rows = isinstance(rows, (int, sympy.Integer))
+    few_rows = _FEW_ROWS if few and not (static_rows and rows > _FEW_ROWS) else 0
+    if static_rows and few_rows:
+        few_rows = int(rows)
+    return {
+        "N": features,
+        "K": k,
+        "block_k": block_k,
+        "block_n": block_n,
+        "rank": rank,
+        "nnz": nnz,
+        "ldx": x.get_stride()[0],
+        "block_m": _ROW_TILE,
+        "dense": dense,
+        "blocks_transposed": transposed,
+        "slot": ("(i % COLS) * ROWS + i / COLS" if dense else "slot[i]") if transposed else "i",
+        "crow_at": crow_t if transposed else 0,
+        "col_at": crow_t + in_blocks + 1 if transposed else out_blocks + 1,
+        "slot_at": crow_t + in_blocks + 1 + nnz if transposed else 0,
+        "few_rows": few_rows,
+        "many_rows": not (static_rows and few_rows),
+    }
+
+
+def _lowrank_in(x: TensorBox, v: TensorBox) -> TensorBox:
+    """t = x v (M, r): the same template, v cut into blocks that are all kept."""
+    k, rank = v.get_size()
+    block = next((b for b in (128, 64, 32, 16) if k % b == 0), 64)
+    if k % block:
+        v = L[torch.ops.aten.constant_pad_nd](v, [0, 0, 0, -k % block], 0)
+    blocks = _contiguous(L[torch.ops.aten.view](v, [math.ceil(k / block), block, rank]))
+    params = _linear_params(x, math.ceil(k / block), block, rank, 0, rank, True, True)
+    return _call("linear", {"X": x, "BLOCKS": blocks}, [x.get_size()[0], rank], params)
+
+
+def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: int, b_in: int) -> TensorBox:
+    rows, out_features = a.get_size()
+    in_features = x.get_size()[1]
+    index_size = None if index is None else index.get_size()[0]
+    supported = x.get_dtype() in _DTYPES and _static(out_features, in_features) and x.get_device().type == "cpu"
+    if not supported or b_out % 16 or b_in % 16:
+        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, index, b_out, b_in)
+    block_rows, block_cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
+    nnz = block_rows * block_cols if index is None else (int(index_size) - block_rows - block_cols - 2) // 4
+    if nnz == 0:
+        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, index, b_out, b_in)
+    inputs = {"A": _row_major(a), "X": _row_major(x)} | ({} if index is None else {"INDEX": _contiguous(index)})
+    params = {
+        "out_features": out_features,
+        "in_features": in_features,
+        "b_out": b_out,
+        "b_in": b_in,
+        "nnz": nnz,
+        "lda": inputs["A"].get_stride()[0],
+        "ldx": inputs["X"].get_stride()[0],
+        "dense": index is None,
+        "panel": 256,
+        "chunk": min(8, nnz),
+    }
+    flat = _call("block_grad", inputs, [nnz * b_out, b_in], params)
+    return L[torch.ops.aten.view](flat, [nnz, b_out, b_in])
+
+
+def _fallback(op: Any) -> Callable[..., Any]:
+    return fallback_handler(op, add_to_fallback_set=False)
+
+
+@functools.lru_cache(maxsize=None)
+def register() -> None:
+    """Register the lowerings with Inductor; once per process."""
+    register_lowering(torch.ops.pixelfly.linear.default, type_promotion_kind=None)(_lower_linear)
+    register_lowering(torch.ops.pixelfly.block_grad.default, type_promotion_kind=None)(_lower_block_grad)

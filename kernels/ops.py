@@ -1,0 +1,251 @@
+"""The `pixelfly::` operators: their contract, shapes, autograd and autocast. Torch only; no compiler, no plan, no budget.
+
+A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
+
+    blocks (nnz, b_out, b_in)   the kept blocks in CSR order, zero where the last row or column reaches over the edge
+    u (out, r), v (in, r)       the low-rank factors, or None for both
+    index                       where the blocks stand: `support_index(support)`, or None if every block is kept
+
+    linear(x, blocks, u, v, index, features, transposed)   y = x W^T, or x W if transposed, and t = x v
+    block_grad(a, x, index, b_out, b_in)                   the kept blocks of a^T x
+    project(weight, ...)                                   dense W -> (blocks, u): the orthogonal projection P
+    project_adjoint(g_blocks, g_u, ...)                    its adjoint: gradients of (blocks, u) -> gradient of W
+
+Each is closed under differentiation with the others. The eager implementation is `reference`; the fast ones are lowerings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelfly_compiler.kernels import projection, reference
+from pixelfly_compiler.kernels.reference import SupportIndex
+from pixelfly_compiler.kernels.support import Support
+
+
+@functools.lru_cache(maxsize=1024)
+def _support_index(support: Support, device: torch.device) -> Tensor:
+    return SupportIndex.pack(support).to(device)
+
+
+def support_index(support: Support, device: torch.device | str = "cpu") -> Tensor:
+    """The support as one int32 tensor (see `reference.SupportIndex`), shared by all weights of that support."""
+    return _support_index(support, torch.device(device))
+
+
+# ------------------------------------------------------------------------------------------------------------- linear
+
+
+@torch.library.custom_op("pixelfly::linear", mutates_args=())
+def _linear(
+    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T (x W if transposed) with shapes x (M, K), y (M, features), u (features, r), v (K, r), and t = x v.
+
+    `transposed` concerns the blocks only; u and v are given in the operator's own orientation: u meets y, v meets x.
+    t (M, r) is returned because the gradient of u needs it; without low rank it is (M, 0).
+    """
+    return reference.linear(x, blocks, u, v, index, features, transposed)
+
+
+@_linear.register_fake
+def _(
+    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    for name, other in (("blocks", blocks), ("u", u), ("v", v)):
+        if other is not None and other.dtype != x.dtype:
+            raise RuntimeError(f"pixelfly::linear: x is {x.dtype} but {name} is {other.dtype}; cast one of them")
+    rank = 0 if v is None else v.shape[1]
+    return x.new_empty(x.shape[0], features), x.new_empty(x.shape[0], rank)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, blocks, u, v, index, _, transposed = inputs
+    ctx.set_materialize_grads(False)
+    ctx.transposed = transposed
+    ctx.save_for_backward(x, blocks, u, v, index, output[1] if u is not None else None)
+
+
+def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, blocks, u, v, index, t = ctx.saved_tensors
+    need_x, need_blocks, need_u, need_v = ctx.needs_input_grad[:4]
+    gx = gblocks = gu = gv = None
+    if gy is not None:
+        # s = gy u, the gradient of t, comes with the input gradient: the transposed operator's own t.
+        s = None
+        if need_x:
+            gx, s = torch.ops.pixelfly.linear(gy, blocks, v, u, index, x.shape[1], not ctx.transposed)
+        elif need_v:
+            s = gy @ u
+        if need_blocks:
+            a, b = (x, gy) if ctx.transposed else (gy, x)
+            gblocks = torch.ops.pixelfly.block_grad(a, b, index, blocks.shape[1], blocks.shape[2])
+        if need_u:
+            gu = tall_product(gy, t)
+        if need_v and s is not None:
+            gv = tall_product(x, s)
+    if gt is not None and v is not None:
+        gx = _add(gx, gt @ v.mT) if need_x else None
+        gv = _add(gv, tall_product(x, gt)) if need_v else None
+    return gx, gblocks, gu, gv, None, None, None
+
+
+def _add(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def linear(
+    x: Tensor,
+    blocks: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    support: Support,
+    *,
+    gamma: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias for x (..., in), with W = scatter(blocks) + u v^T, or gamma * scatter(blocks) + (1 - gamma) u v^T.
+
+    gamma is the learnable scalar of the paper (section 3.3): being a scalar it folds into the compact weight.
+    """
+    if gamma is not None:
+        blocks = gamma * blocks
+        u = None if u is None else (1 - gamma) * u
+    index = support_index(support, x.device)
+    rows = x.reshape(-1, support.in_features)
+    y, _ = torch.ops.pixelfly.linear(rows, blocks, u, v, index, support.out_features, False)
+    y = y.reshape(*x.shape[:-1], support.out_features)
+    return y if bias is None else y + bias
+
+
+# --------------------------------------------------------------------------------------------------------- block_grad
+
+
+@torch.library.custom_op("pixelfly::block_grad", mutates_args=())
+def _block_grad(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
+    """The kept blocks of a^T x, (nnz, b_out, b_in), for a (M, out) and x (M, in); zero beyond the weight's edge."""
+    return reference.block_grad(a, x, index, b_out, b_in)
+
+
+@_block_grad.register_fake
+def _(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
+    shape = SupportIndex.shape_of(index, a.shape[1], x.shape[1], b_out, b_in)
+    return x.new_empty(shape.nnz, b_out, b_in)
+
+
+def _block_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _block_grad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    a, x, index = ctx.saved_tensors
+    g = g.contiguous()
+    ga = gx = None
+    if ctx.needs_input_grad[0]:
+        ga = torch.ops.pixelfly.linear(x, g, None, None, index, a.shape[1], False)[0]
+    if ctx.needs_input_grad[1]:
+        gx = torch.ops.pixelfly.linear(a, g, None, None, index, x.shape[1], True)[0]
+    return ga, gx, None, None, None
+
+
+_block_grad.register_autograd(_block_grad_backward, setup_context=_block_grad_setup)
+
+
+def tall_product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b for a (M, n) and b (M, r) with r small: (n, r), as a block gradient whose blocks are all kept."""
+    rows = 64 if a.shape[1] >= 64 else 16
+    blocks = torch.ops.pixelfly.block_grad(a, b, None, rows, b.shape[1])
+    return blocks.reshape(-1, b.shape[1])[: a.shape[1]]
+
+
+# ------------------------------------------------------------------------------------------------------------ project
+
+
+@torch.library.custom_op("pixelfly::project", mutates_args=())
+def _project(weight: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """P of a dense weight (out, in): blocks (nnz, block, block) and u (out, r), for the fixed basis v (in, r).
+
+    `gram_inv` (block_rows, r, r) is `projection.gram_inverse`. Low precision is computed in fp32 and rounded at the end.
+    """
+    rows, cols = SupportIndex.coordinates(index, weight.shape[0], weight.shape[1], block)
+    blocks, u = projection.project_fixed(weight, v, gram_inv, rows, cols, block)
+    return blocks.to(weight.dtype).contiguous(), u.to(weight.dtype).contiguous()
+
+
+@_project.register_fake
+def _(weight: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    shape = SupportIndex.shape_of(index, weight.shape[0], weight.shape[1], block, block)
+    return weight.new_empty(shape.nnz, block, block), weight.new_empty(weight.shape[0], v.shape[1])
+
+
+@torch.library.custom_op("pixelfly::project_adjoint", mutates_args=())
+def _project_adjoint(
+    g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, out_features: int
+) -> Tensor:
+    """The gradient of W, (out, in), from those of (blocks, u) = project(W): g_blocks on the support, h v^T off it."""
+    rows, cols = SupportIndex.coordinates(index, out_features, v.shape[0], g_blocks.shape[1])
+    return projection.project_adjoint(g_blocks, g_u, v, gram_inv, rows, cols, out_features).to(g_blocks.dtype)
+
+
+@_project_adjoint.register_fake
+def _(g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, out_features: int) -> Tensor:
+    return g_blocks.new_empty(out_features, v.shape[0])
+
+
+def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, v, gram_inv, index, _ = inputs
+    ctx.out_features = weight.shape[0]
+    ctx.save_for_backward(v, gram_inv, index)
+
+
+def _project_backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor | None, ...]:
+    gw = torch.ops.pixelfly.project_adjoint(g_blocks, g_u, *ctx.saved_tensors, ctx.out_features)
+    return gw, None, None, None, None
+
+
+def _project_adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    g_blocks, _, v, gram_inv, index, _ = inputs
+    ctx.block = g_blocks.shape[1]
+    ctx.save_for_backward(v, gram_inv, index)
+
+
+def _project_adjoint_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    g_blocks, g_u = torch.ops.pixelfly.project(g, *ctx.saved_tensors, ctx.block)
+    return g_blocks, g_u, None, None, None, None
+
+
+_project.register_autograd(_project_backward, setup_context=_project_setup)
+_project_adjoint.register_autograd(_project_adjoint_backward, setup_context=_project_adjoint_setup)
+
+
+# ----------------------------------------------------------------------------------------------------------- autocast
+
+
+def _register_autocast(name: str, device_type: str) -> None:
+    """Under autocast the operator runs in the autocast dtype, as F.linear does."""
+    op: Callable[..., Any] = getattr(torch.ops.pixelfly, name).default
+    key = f"Autocast{device_type.upper()}"
+
+    def cast(arg: Any) -> Any:
+        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+            return arg.to(torch.get_autocast_dtype(device_type))
+        return arg
+
+    def kernel(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            return op(*map(cast, args))
+
+    _autocast.impl(name, kernel, key)
+
+
+_autocast = torch.library.Library("pixelfly", "IMPL")
+for _device_type in ("cpu", "cuda"):
+    _register_autocast("linear", _device_type)

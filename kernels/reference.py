@@ -1,0 +1,95 @@
+"""The operators in plain PyTorch: what the fast implementations are tested against, and what runs where they cannot.
+
+Nothing here is fast: the blocks are scattered into a dense weight. Low precision is computed in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelfly_compiler.kernels.support import Support
+
+
+@dataclass(frozen=True)
+class SupportIndex:
+    """The layout of a support's index, one int32 tensor of six parts one behind the other:
+
+    crow (block_rows + 1), col (nnz), row (nnz)            the blocks by rows: CSR, and the row of each
+    crow_t (block_cols + 1), col_t (nnz), slot_t (nnz)     the transposed support, and where its blocks stand in CSR order
+    """
+
+    block_rows: int
+    block_cols: int
+    nnz: int
+
+    @staticmethod
+    def pack(support: Support) -> Tensor:
+        """The index of a support."""
+        transposed = support.transpose()
+        parts = (support.crow, support.col, support.rows(), transposed.crow, transposed.col, support.transpose_order())
+        return torch.from_numpy(np.concatenate([np.asarray(part, np.int32) for part in parts]))
+
+    @staticmethod
+    def shape_of(index: Tensor | None, out_features: int, in_features: int, b_out: int, b_in: int) -> SupportIndex:
+        """The index's shape, from its length; without an index every block is kept."""
+        rows, cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
+        nnz = rows * cols if index is None else (index.shape[0] - rows - cols - 2) // 4
+        return SupportIndex(rows, cols, nnz)
+
+    @staticmethod
+    def coordinates(
+        index: Tensor | None, out_features: int, in_features: int, b_out: int, b_in: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Block row and block column of each kept block, (nnz,) each, int64."""
+        shape = SupportIndex.shape_of(index, out_features, in_features, b_out, b_in or b_out)
+        if index is None:
+            every = torch.arange(shape.nnz)
+            return every // shape.block_cols, every % shape.block_cols
+        _, col, row = index[: shape.block_rows + 1 + 2 * shape.nnz].split([shape.block_rows + 1, shape.nnz, shape.nnz])
+        return row.long(), col.long()
+
+
+def scatter(blocks: Tensor, index: Tensor | None, out_features: int, in_features: int) -> Tensor:
+    """The dense weight (out, in) of blocks (nnz, b_out, b_in)."""
+    _, b_out, b_in = blocks.shape
+    shape = SupportIndex.shape_of(index, out_features, in_features, b_out, b_in)
+    row, col = (i.to(blocks.device) for i in SupportIndex.coordinates(index, out_features, in_features, b_out, b_in))
+    tiles = blocks.new_zeros(shape.block_rows, shape.block_cols, b_out, b_in)
+    tiles = tiles.index_put((row, col), blocks)
+    weight = tiles.transpose(1, 2).reshape(shape.block_rows * b_out, shape.block_cols * b_in)
+    return weight[:out_features, :in_features]
+
+
+def linear(
+    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """See `ops.linear`."""
+    dtype = _compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    out_features, in_features = (x.shape[1], features) if transposed else (features, x.shape[1])
+    weight = scatter(blocks.to(dtype), index, out_features, in_features)
+    y = wide @ (weight if transposed else weight.mT)
+    if u is None or v is None:
+        return y.to(x.dtype), x.new_empty(x.shape[0], 0)
+    t = wide @ v.to(dtype)
+    return (y + t @ u.to(dtype).mT).to(x.dtype), t.to(x.dtype)
+
+
+def block_grad(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
+    """See `ops.block_grad`."""
+    dtype = _compute_dtype(x.dtype)
+    shape = SupportIndex.shape_of(index, a.shape[1], x.shape[1], b_out, b_in)
+    row, col = (i.to(x.device) for i in SupportIndex.coordinates(index, a.shape[1], x.shape[1], b_out, b_in))
+    product = x.new_zeros(shape.block_rows * b_out, shape.block_cols * b_in, dtype=dtype)
+    product[: a.shape[1], : x.shape[1]] = a.to(dtype).mT @ x.to(dtype)
+    tiles = product.view(shape.block_rows, b_out, shape.block_cols, b_in).transpose(1, 2)
+    return tiles[row, col].to(x.dtype)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
