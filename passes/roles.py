@@ -17,10 +17,20 @@ from torch.fx import GraphModule, Node
 
 HOPS_UP = 2
 # Operations that move or mask data but do not say what a layer does.
-TRANSPARENT = frozenset(
-    ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "contiguous", "clone", "detach")
-    + ("transpose", "permute", "getattr", "split", "chunk", "getitem", "dropout", "to", "float", "type_as")
-)
+_VIEWS = {
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "transpose",
+    "permute",
+    "getattr",
+}
+_COPIES = {"contiguous", "clone", "detach", "to", "float", "type_as", "dropout", "split", "chunk", "getitem"}
+TRANSPARENT = frozenset(_VIEWS | _COPIES)
 
 
 def dataflow(gm: GraphModule) -> nx.MultiDiGraph:

@@ -5,8 +5,8 @@
         y = torch.addmm(bias, x1, weight)
 
 A `Site` is a value: one per weight, however many matmuls use it. A `Match` is one matmul node of the graph, with what a
-rewrite needs. A weight that cannot become sparse is a site with a reason (it still counts in the budget); a parameter of
-two or more dimensions that no matmul uses is `Skipped`, with a reason. Nothing is dropped silently.
+rewrite needs. A weight that cannot become sparse is a site with a reason (it still counts in the budget). A parameter
+of two or more dimensions that no matmul uses is `Skipped`, with a reason. Nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ class Skipped:
     name: str
     shape: tuple[int, ...]
     reason: str
+    lookup: bool = False  # an embedding table
+    used: bool = True
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -401,7 +404,9 @@ def _site_of_weight(gm: GraphModule, node: Node, weight: torch.Tensor, name: str
         elif not _is_lookup(use):
             others.append(use)
     if not matches:
-        return Skipped(name, shape, _why_no_matmul(weight, uses, others)), []
+        return Skipped(
+            name, shape, _why_no_matmul(weight, uses, others), lookup=bool(uses) and not others, used=bool(uses)
+        ), []
     orientations = {_stored_in_out(match, uses) for match in matches}
     transposed = _stored_in_out(matches[0], uses)
     reason = ineligible(weight)

@@ -1,0 +1,111 @@
+"""Run a model once under Dynamo and collect the sites of all its graphs; nothing is compiled, nothing is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from pixelfly_compiler.passes.sites import Found, Site, Skipped, find_sites, parameter_names_by_identity
+
+Record = tuple[GraphModule, tuple[Any, ...]]
+_records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)
+
+
+def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A Dynamo backend that compiles nothing and records each *run*, so that a graph shared by two layers counts twice."""
+
+    def run(*inputs: Any) -> Any:
+        records = _records.get()
+        if records is not None:
+            records.append((gm, inputs))
+        return gm.forward(*inputs)
+
+    return run
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Found:
+    """The sites of `model(*args, **kwargs)`, over all graphs that Dynamo makes of it, by the model's parameter names."""
+    model = getattr(model, "_orig_mod", model)
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        with _unchanged(model), torch.no_grad():
+            torch.compile(model, backend=_recording_backend)(*args, **(kwargs or {}))
+    finally:
+        _records.reset(token)
+    found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
+    return _with_aliases(merge(found), aliases(model))
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Restore what a forward changes: buffers and random states. Dynamo forgets the shapes it has seen here."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted(
+        {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    )
+    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """First name of each parameter -> its other names (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {first: tuple(others) for first, *others in names.values()}
+
+
+def merge(found: Sequence[Found]) -> Found:
+    """One `Found` of several graphs of a model: a weight that several use is one site."""
+    sites: dict[str, Site] = {}
+    skipped: dict[str, Skipped] = {}
+    for one in found:
+        for site in one.sites:
+            sites[site.name] = _merge_sites(sites[site.name], site) if site.name in sites else site
+        for item in one.skipped:
+            # Elsewhere unused or a lookup says less than any other reason.
+            if item.name not in skipped or skipped[item.name].lookup:
+                skipped[item.name] = item
+    for name in [name for name in skipped if name in sites]:
+        item = skipped.pop(name)
+        site = sites[name]
+        if item.lookup:
+            sites[name] = replace(site, shared=True)
+        elif item.used and site.reason is None:
+            sites[name] = replace(site, reason=f"in another graph: {item.reason}")
+    matches = tuple(match for one in found for match in one.matches)
+    return Found(tuple(sites.values()), matches, tuple(skipped.values()))
+
+
+def _merge_sites(a: Site, b: Site) -> Site:
+    reason = a.reason or b.reason
+    if reason is None and a.transposed != b.transposed:
+        reason = "the weight is used in both orientations (W and its transpose)"
+    rows_expr = a.rows_expr if b.rows_expr == "0" else f"{a.rows_expr} + {b.rows_expr}"
+    return replace(
+        a,
+        rows=a.rows + b.rows,
+        rows_expr=str(a.rows + b.rows) if rows_expr.replace(" + ", "").isdigit() else rows_expr,
+        uses=a.uses + b.uses,
+        shared=a.shared or b.shared,
+        reason=reason,
+    )
+
+
+def _with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:
+    sites = tuple(replace(site, aliases=names.get(site.name, ())) for site in found.sites)
+    skipped = tuple(replace(item, aliases=names.get(item.name, ())) for item in found.skipped)
+    return replace(found, sites=sites, skipped=skipped)

@@ -1,0 +1,86 @@
+"""The `pixelfly` command: look at a plan, or measure this machine, without writing Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pixelfly_compiler.errors import PixelflyError
+
+
+@click.group()
+def main() -> None:
+    """pixelfly: the matmuls of any PyTorch model, sparse."""
+
+
+@main.command()
+@click.argument("target", metavar="FILE.py:FACTORY")
+@click.option("--budget", default=0.25, show_default=True, help="Share of the dense compute that may be kept.")
+@click.option("--allocator", default="proportional", show_default=True)
+@click.option("--block-size", type=int, default=None, help="16, 32, 64 or 128; by default chosen per site.")
+@click.option("--include", multiple=True, help="Glob of weights to make sparse; repeatable.")
+@click.option("--exclude", multiple=True, help="Glob of weights that stay dense; repeatable.")
+@click.option("--force", is_flag=True, help="Make sites sparse even where dense is predicted faster.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), default=None, help="Save the plan here.")
+def plan(target: str, json_path: str | None, **options: Any) -> None:
+    """Show the plan of the model that FACTORY returns, as (model, args) or (model, args, kwargs)."""
+    from pixelfly_compiler.plan import plan as make
+
+    model, args, kwargs = _call(_factory(target), target)
+    try:
+        made = make(model, args, kwargs, **options)
+        click.echo(str(made))
+        if json_path:
+            made.save(json_path)
+    except (PixelflyError, OSError) as cause:
+        raise click.ClickException(str(cause)) from cause
+
+
+@main.command()
+def calibrate() -> None:
+    """Measure this machine's CPU for the time model, and keep the result for later runs."""
+    from pixelfly_compiler.passes.cost import calibrate as measure
+
+    device = measure(again=True)
+    click.echo(device.name)
+    for name, rate in device.dense_rate.items():
+        click.echo(f"  {name}: dense {rate / 1e9:.0f} GFLOP/s, oneDNN {device.peak_rate[name] / 1e9:.0f} GFLOP/s")
+    click.echo(f"  memory: {device.bandwidth / 1e9:.0f} GB/s")
+
+
+def _factory(target: str) -> Callable[[], Any]:
+    path, _, name = target.rpartition(":")
+    if not path:
+        raise click.ClickException(f"{target!r} is not FILE.py:FACTORY, for example model.py:build")
+    if not Path(path).is_file():
+        raise click.ClickException(f"no file {path!r}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None or spec.loader is None:
+        raise click.ClickException(f"{path!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as cause:
+        raise click.ClickException(f"{path!r} does not run: {type(cause).__name__}: {cause}") from cause
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        raise click.ClickException(f"{path!r} has no function {name!r}")
+    return factory
+
+
+def _call(factory: Callable[[], Any], target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    try:
+        made = factory()
+    except Exception as cause:
+        raise click.ClickException(f"{target} raised {type(cause).__name__}: {cause}") from cause
+    if not isinstance(made, tuple) or len(made) not in (2, 3):
+        raise click.ClickException(f"{target} must return (model, args) or (model, args, kwargs)")
+    model, args, *rest = made
+    positional = tuple(args) if isinstance(args, tuple | list) else (args,)
+    return model, positional, dict(rest[0]) if rest else {}

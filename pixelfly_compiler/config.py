@@ -1,0 +1,126 @@
+"""The one configuration: what `torch.compile(..., options={...})` and `plan(...)` understand, checked before compiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.passes.allocate import ALLOCATORS
+
+if TYPE_CHECKING:
+    from pixelfly_compiler.decision import Plan
+
+BASES = ("fixed", "svd")
+BLOCK_SIZES = (16, 32, 64, 128)
+# With a ready plan these have nothing left to decide.
+DECIDED_BY_PLAN = ("budget", "allocator", "block_size", "lowrank_share", "basis", "include", "exclude", "force")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What decides the result.
+
+    budget         share of the dense compute of all sites that may be kept, 0 < budget <= 1
+    plan           a ready `Plan` (or the path of a saved one) to use instead of making one
+    allocator      how the budget is split over the sites: see `passes/allocate.py`
+    block_size     16, 32, 64 or 128; None: the largest of 64, 32 and 16 that meets the budget
+    lowrank_share  share of a site's kept compute in its low-rank term, 0 <= share < 1; None: a quarter to a third
+    basis          "fixed": one orthonormal basis per shape; "svd": the best one for each weight, inference only
+    include        globs of parameter names; if given, only weights that match one are made sparse
+    exclude        globs of parameter names that stay dense; wins over `include`
+    force          make every eligible site sparse, even where dense is predicted to be faster
+    """
+
+    budget: float = 0.25
+    plan: Plan | None = field(default=None, repr=False)
+    allocator: str = "proportional"
+    block_size: int | None = None
+    lowrank_share: float | None = None
+    basis: str = "fixed"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number("budget", self.budget, "a number in (0, 1]", lambda value: 0 < value <= 1)
+        _check_choice("allocator", self.allocator, tuple(sorted(ALLOCATORS)))
+        _check_choice("block_size", self.block_size, (None, *BLOCK_SIZES))
+        if self.lowrank_share is not None:
+            _check_number("lowrank_share", self.lowrank_share, "None or a number in [0, 1)", lambda v: 0 <= v < 1)
+        _check_choice("basis", self.basis, BASES)
+        _check_choice("force", self.force, (False, True))
+        object.__setattr__(self, "include", _globs("include", self.include))
+        object.__setattr__(self, "exclude", _globs("exclude", self.exclude))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> tuple[Config, dict[str, Any]]:
+        """The config in `options`, and the options that are Inductor's. Anything else is an error."""
+        own = {item.name for item in fields(cls)}
+        given = {key: value for key, value in (options or {}).items() if key in own}
+        others = {key: value for key, value in (options or {}).items() if key not in own}
+        unknown = [key for key in others if key not in _inductor_options()]
+        if unknown:
+            raise OptionError(
+                f"unknown option {unknown[0]!r}",
+                next_step=f"valid options: {', '.join(sorted(own))}, and those of torch._inductor.list_options()",
+            )
+        if given.get("plan") is not None:
+            clash = [key for key in DECIDED_BY_PLAN if key in given]
+            if clash:
+                raise OptionError(
+                    f"option 'plan' already decides {', '.join(repr(key) for key in clash)}",
+                    next_step="leave them out, or leave out the plan",
+                )
+            given["plan"] = _as_plan(given["plan"])
+        return cls(**given), others
+
+    def replace(self, **changes: Any) -> Config:
+        return replace(self, **changes)
+
+    def excludes(self, names: Sequence[str]) -> str | None:
+        """Why the user keeps a weight (with these names) dense; None if they do not."""
+        hit = next((glob for glob in self.exclude for name in names if fnmatchcase(name, glob)), None)
+        if hit is not None:
+            return f"excluded by {hit!r}"
+        if self.include and not any(fnmatchcase(name, glob) for glob in self.include for name in names):
+            return "not in `include`"
+        return None
+
+
+def _as_plan(value: Any) -> Plan:
+    from pixelfly_compiler.decision import Plan
+
+    if isinstance(value, Plan):
+        return value
+    if isinstance(value, str | Path):
+        return Plan.load(value)
+    raise OptionError(f"option 'plan' is {value!r}", next_step="valid: a Plan, or the path of one saved by plan.save()")
+
+
+def _inductor_options() -> set[str]:
+    from torch._inductor import config  # heavy to import, and only needed here
+
+    return set(config.shallow_copy_dict())
+
+
+def _check_number(name: str, value: object, valid: str, holds: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not holds(value):
+        raise OptionError(f"option {name!r} is {value!r}", next_step=f"valid: {valid}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    # `1 == True`, so types are compared as well.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise OptionError(f"option {name!r} is {value!r}", next_step=f"valid: {', '.join(map(repr, choices))}")
+
+
+def _globs(name: str, value: object) -> tuple[str, ...]:
+    globs = (value,) if isinstance(value, str) else value
+    if not isinstance(globs, Sequence) or not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"option {name!r} is {value!r}", next_step="valid: a glob of parameter names, or several")
+    return tuple(globs)

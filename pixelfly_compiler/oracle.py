@@ -1,0 +1,82 @@
+"""What a plan means: the same model with every planned weight W replaced by P(W).
+
+`project` is P of one weight, `project_` replaces all of a model's. The compiled dense model equals the eager model after
+`project_`, and the gradient that reaches a planned weight is P of the dense gradient there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pixelfly_compiler.config import BASES
+from pixelfly_compiler.decision import REPLAN, Entry, Plan
+from pixelfly_compiler.errors import PlanError, PlanMismatchError
+from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.kernels.support import Support
+
+
+def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
+    """P(W) for a weight of the entry's shape (as it is stored); a dense entry returns it as it is. Differentiable."""
+    if tuple(weight.shape) != entry.weight_shape:
+        raise PlanMismatchError(f"has shape {tuple(weight.shape)}, {entry.weight_shape} in the plan", site=entry.name)
+    if basis not in BASES:
+        raise PlanError(f"basis {basis!r}", site=entry.name, next_step=f"valid: {', '.join(BASES)}")
+    if entry.config is None:
+        return weight
+    projected = _project(weight.t() if entry.transposed else weight, entry.support(), entry.config.rank, basis)
+    return (projected.t() if entry.transposed else projected).contiguous().to(weight.dtype)
+
+
+def _project(weight: Tensor, support: Support, rank: int, basis: str) -> Tensor:
+    rows, cols = projection.block_index(support, weight.device)
+    if rank == 0:
+        blocks = projection.gather_blocks(weight, rows, cols, support.block)
+        return projection.scatter_blocks(blocks, rows, cols, support.out_features, support.in_features)
+    if basis == "svd":
+        blocks, u, v = projection.project_svd(weight, support, rank)
+    else:
+        v = projection.fixed_basis(support.in_features, rank).to(weight.device)
+        gram_inv = projection.gram_inverse(support, v)
+        blocks, u = projection.project_fixed(weight, v, gram_inv, rows, cols, support.block)
+    return projection.densify(blocks, u, v, rows, cols)
+
+
+@torch.no_grad()
+def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Module:
+    """Replace every planned weight W of `model` by P(W), in place; `basis` is the plan's by default.
+
+    A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their own,
+    and the lookup keeps W.
+    """
+    model = getattr(model, "_orig_mod", model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for entry in plan.sparse:
+        if entry.name not in parameters:
+            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
+        weight = parameters[entry.name]
+        projected = project(weight, entry, basis or plan.basis)
+        if entry.shared:
+            _untie(model, weight, projected, entry, parameters)
+        else:
+            weight.copy_(projected)
+    return model
+
+
+def _untie(
+    model: nn.Module, weight: Tensor, projected: Tensor, entry: Entry, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    names = [name for name, parameter in parameters.items() if parameter is weight]
+    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    heads = [(module, key) for module, key in owners if not isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    if not heads:
+        raise PlanError(
+            "an embedding multiplies with its own table, so the table cannot be projected for the matmul alone",
+            site=entry.name,
+            next_step="give the matmul a module of its own, tied to the embedding",
+        )
+    own = nn.Parameter(projected, requires_grad=weight.requires_grad)
+    for module, key in heads:
+        setattr(module, key, own)

@@ -1,0 +1,231 @@
+"""Make a plan: for every weight either a `SiteConfig` or dense with the reason.
+
+plan(model, args)  -->  capture the graphs, find sites, `make_plan`    (compiles nothing)
+make_plan(found)   -->  candidates per site, one role for repeated layers, allocate the budget
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pixelfly_compiler.capture import capture
+from pixelfly_compiler.config import Config
+from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.kernels.support import kept_elements
+from pixelfly_compiler.oracle import project, project_
+from pixelfly_compiler.passes import candidates as ways
+from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, allocate
+from pixelfly_compiler.passes.cost import Device, dense_time, device_for, sparse_time
+from pixelfly_compiler.passes.sites import Found, Site, SiteConfig, Skipped
+
+__all__ = ["Entry", "Plan", "make_plan", "plan", "project", "project_"]
+
+
+def plan(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    device: Device | None = None,
+    training: bool | None = None,
+    **options: Any,
+) -> Plan:
+    """Decide for every weight of `model`, from one run of `model(*args, **kwargs)`; compiles and changes nothing.
+
+    `args` is a tuple, or one tensor. `options` are those of `Config`: budget=0.25, allocator=, block_size=, ...
+    `device` holds the time model's constants; `training` (default: as the model is) adds to the predictions the gradients
+    and the projection.
+    """
+    config, others = Config.from_options(options)
+    if others:
+        raise TypeError(f"plan() got an unexpected option {next(iter(others))!r}")
+    positional = tuple(args) if isinstance(args, tuple | list) else (args,)
+    found = capture(model, positional, kwargs)
+    if training is None:
+        training = model.training and any(parameter.requires_grad for parameter in model.parameters())
+    weights = dict(model.named_parameters()) if config.allocator == "error" else None
+    return make_plan(found, config, weights=weights, device=device, training=training)
+
+
+def make_plan(
+    found: Found,
+    config: Config,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    device: Device | None = None,
+    training: bool = False,
+    decided: Mapping[str, Entry] | None = None,
+) -> Plan:
+    """The plan for what `find_sites` found, within `config.budget`.
+
+    `weights` (by name) let the allocator "error" see real errors. `decided` are entries of earlier graphs of the same
+    model: they stay as they are, so that training and evaluation, or two batch sizes, mean the same.
+    """
+    if config.plan is not None:
+        config.plan.check(found.sites)
+        return config.plan
+    members = _members(found.sites)
+    decided = decided or {}
+    notes: list[str] = []
+    choice: dict[str, tuple[SiteConfig | None, str | None]] = {}
+    for site in found.sites:
+        reason = site.reason or config.excludes((site.name, *site.aliases))
+        if site.name in decided:
+            choice[site.name] = (decided[site.name].config, decided[site.name].reason)
+        elif reason is not None:
+            choice[site.name] = (None, reason)
+    problem = _Problem(members, config, device, training, weights or {}, choice)
+    allocation = problem.solve()
+    if allocation.note:
+        notes.append(allocation.note)
+    choice |= problem.decisions(allocation)
+    entries = [_site_entry(site, *choice[site.name], problem.device_of(site), training) for site in found.sites]
+    entries += [_skipped_entry(item) for item in found.skipped]
+    if not found.sites:
+        notes.append("no site: no matmul here has a parameter as its weight, so everything runs dense")
+    return Plan(tuple(entries), config.budget, config.allocator, config.basis, training, tuple(notes))
+
+
+def _members(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """Role -> sites. An ineligible or excluded site is in no one's way: it is dealt with before."""
+    members: dict[str, list[Site]] = {}
+    for site in sites:
+        members.setdefault(f"{site.role}|{site.dtype}|{site.device}", []).append(site)
+    return members
+
+
+class _Problem:
+    """The budget as numbers: an allocator's roles, and the way back from its choices to configs."""
+
+    def __init__(
+        self,
+        members: Mapping[str, list[Site]],
+        config: Config,
+        device: Device | None,
+        training: bool,
+        weights: Mapping[str, Tensor],
+        choice: Mapping[str, tuple[SiteConfig | None, str | None]],
+    ) -> None:
+        self.config, self.device, self.training, self.weights = config, device, training, weights
+        self.free = {role: [s for s in sites if s.name not in choice] for role, sites in members.items()}
+        self.free = {role: sites for role, sites in self.free.items() if sites}
+        fixed = [(site, *choice[site.name]) for sites in members.values() for site in sites if site.name in choice]
+        self.fixed = [(site, _kept_flops(site, settled), settled) for site, settled, _ in fixed]
+        self.blocks = (config.block_size,) if config.block_size else ways.BLOCKS
+        self._ways: dict[tuple[str, int], list[ways.Candidate]] = {}
+
+    def device_of(self, site: Site) -> Device:
+        return self.device or device_for(site.device)
+
+    def solve(self) -> Allocation:
+        """Allocate with as few small blocks as meet the budget."""
+        levels = {role: self._level(role) for role in self.free}
+        while True:
+            self.chosen = {role: self._candidates(role, level) for role, level in levels.items()}
+            allocation = allocate(self._roles(), self.config.budget, self.config.allocator)
+            met = FILL * allocation.limit <= allocation.kept <= allocation.limit * (1 + 1e-9)
+            finer = {role: min(level + 1, len(self.blocks)) for role, level in levels.items()}
+            if met or finer == levels:
+                return allocation
+            levels = finer
+
+    def _level(self, role: str) -> int:
+        """How many block sizes, in order of preference, this role needs to come near the budget by itself."""
+        target = self.config.budget * self.free[role][0].elements
+        for level in range(1, len(self.blocks) + 1):
+            if any(0.85 * target <= way.kept <= target * (1 + 1e-9) for way in self._candidates(role, level)):
+                return level
+        return len(self.blocks)
+
+    def _candidates(self, role: str, level: int) -> list[ways.Candidate]:
+        key = (role, level)
+        if key not in self._ways:
+            site = self.free[role][0]
+            self._ways[key] = ways.candidates(
+                site,
+                self.blocks[:level],
+                self.device_of(site),
+                lowrank_share=self.config.lowrank_share,
+                force=self.config.force,
+                training=self.training,
+            )
+        return self._ways[key]
+
+    def _roles(self) -> list[Role]:
+        roles = [self._role(role) for role in self.free]
+        for site, kept, settled in self.fixed:
+            dense = float(_kept_flops(site, None))
+            options = () if settled is None else (Option(kept, 0.0),)
+            roles.append(Role(site.name, dense, options, may_be_dense=False))
+        return roles
+
+    def _role(self, role: str) -> Role:
+        sites = self.free[role]
+        rows = sum(max(site.rows, 1) for site in sites)
+        options = tuple(
+            Option(2.0 * rows * way.kept, way.time * len(sites), self._error(sites, way.config), way.order)
+            for way in self.chosen[role]
+        )
+        return Role(role, 2.0 * rows * sites[0].elements, options, may_be_dense=not self.config.force)
+
+    def _error(self, sites: Sequence[Site], config: SiteConfig) -> float:
+        if self.config.allocator == "proportional":
+            return 0.0
+        return sum(ways.expected_error(site, config, self.weights.get(site.name)) for site in sites)
+
+    def decisions(self, allocation: Allocation) -> dict[str, tuple[SiteConfig | None, str | None]]:
+        """Site name -> (config, reason if dense)."""
+        decided: dict[str, tuple[SiteConfig | None, str | None]] = {}
+        for (role, sites), choice in zip(self.free.items(), allocation.choices, strict=False):
+            if choice is None:
+                outcome: tuple[SiteConfig | None, str | None] = (None, self._why_dense(role))
+            else:
+                outcome = (self.chosen[role][choice].config, None)
+            decided |= {site.name: outcome for site in sites}
+        return decided
+
+    def _why_dense(self, role: str) -> str:
+        if self.chosen[role]:
+            return "the budget has room for it: dense loses nothing here"
+        site = self.free[role][0]
+        finest = self.blocks[-1]
+        if min(site.out_features, site.in_features) <= finest:
+            return f"too small: its shorter side is one block of {finest}"
+        return "no sparse form is predicted faster than dense"
+
+
+def _kept_flops(site: Site, config: SiteConfig | None) -> float:
+    kept = site.elements
+    if config is not None:
+        kept = kept_elements(site.out_features, site.in_features, config.block, config.strides)
+        kept += config.rank * (site.out_features + site.in_features)
+    return 2.0 * max(site.rows, 1) * kept
+
+
+def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, device: Device, training: bool) -> Entry:
+    speedup = None
+    if config is not None:
+        speedup = dense_time(site, device, training) / sparse_time(site, config, device, training)
+    return Entry(
+        name=site.name,
+        weight_shape=site.weight_shape,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        transposed=site.transposed,
+        rows=site.rows,
+        rows_expr=site.rows_expr,
+        role=site.role,
+        dtype=site.dtype,
+        shared=site.shared,
+        aliases=site.aliases,
+        config=config,
+        reason=reason,
+        speedup=speedup,
+    )
+
+
+def _skipped_entry(item: Skipped) -> Entry:
+    return Entry(name=item.name, weight_shape=item.shape, aliases=item.aliases, reason=item.reason)

@@ -1,0 +1,76 @@
+"""A plan as a table for a terminal."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from shutil import get_terminal_size
+
+from rich.console import Console
+from rich.table import Table
+
+from pixelfly_compiler.decision import Entry, Plan
+
+
+def render(plan: Plan, width: int | None = None) -> str:
+    """The table as plain text, repeated layers folded into one row."""
+    width = width or max(get_terminal_size((120, 40)).columns, 40)
+    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+    console.print(table(plan))
+    for line in summary(plan):
+        console.print(line, markup=False, highlight=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def table(plan: Plan) -> Table:
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    result.add_column("site", overflow="fold", ratio=5)
+    result.add_column("n", justify="right")
+    result.add_column("out x in", justify="right", overflow="fold")
+    result.add_column("rows", justify="right", overflow="fold")
+    result.add_column("decision", overflow="fold", ratio=4)
+    result.add_column("kept", justify="right")
+    result.add_column("speed", justify="right")
+    for entries in fold(plan.entries):
+        result.add_row(*_row(entries))
+    return result
+
+
+def fold(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries that share role, shape, rows and decision, in order of first appearance; those without a matmul come last."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in sorted(entries, key=lambda entry: not entry.rows):
+        key = (entry.role or entry.name, entry.weight_shape, entry.rows, entry.config, entry.reason)
+        groups.setdefault(key, []).append(entry)
+    return list(groups.values())
+
+
+def _row(entries: Sequence[Entry]) -> list[str]:
+    first = entries[0]
+    name = first.role.partition("#")[0] if len(entries) > 1 and first.role else first.name
+    names = f"{name} (= {', '.join(first.aliases)})" if first.aliases and len(entries) == 1 else name
+    if not first.rows:
+        return [names, "", " x ".join(map(str, first.weight_shape)), "", f"not a site: {first.reason}", "", ""]
+    rows = first.rows_expr if first.rows_expr.isdigit() else f"{first.rows_expr} ({first.rows})"
+    shape = f"{first.out_features} x {first.in_features}"
+    decision = first.decision if first.reason is None else f"dense: {first.reason}"
+    speed = "" if first.speedup is None else f"{first.speedup:.1f}x"
+    return [names, str(len(entries)), shape, rows, decision, f"{first.kept_share:.1%}", speed]
+
+
+def summary(plan: Plan) -> list[str]:
+    """The totals, then the notes."""
+    sites = [entry for entry in plan.entries if entry.rows]
+    lines = [
+        f"{len(plan.sparse)} of {len(sites)} sites sparse; {plan.kept:.1%} of their dense compute kept "
+        f"(budget {plan.budget:.1%}, {plan.allocator}); matmuls predicted {predicted_speedup(sites):.1f}x faster"
+    ]
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def predicted_speedup(sites: Sequence[Entry]) -> float:
+    """Over all sites, each weighted by its dense flops: Amdahl's law."""
+    dense = sum(entry.dense_flops for entry in sites)
+    sparse = sum(entry.dense_flops / (entry.speedup or 1.0) for entry in sites)
+    return dense / sparse if sparse else 1.0
