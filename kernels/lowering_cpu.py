@@ -27,7 +27,7 @@ from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
 from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.ir import FixedLayout, IRNode, TensorBox
-from torch._inductor.utils import parallel_num_threads
+from torch._inductor.utils import parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
 
 from pixelfly_compiler.kernels.reference import SupportIndex
@@ -166,25 +166,27 @@ def _lower_linear(
     features: int,
     transposed: bool,
 ) -> tuple[TensorBox, TensorBox]:
-    rows, k = x.get_size()
+    *lead, k = x.get_size()
     nnz, b_out, b_in = blocks.get_size()
     rank = 0 if v is None else v.get_size()[1]
     supported = x.get_dtype() in _DTYPES and _static(k, nnz, b_out, b_in, rank, features) and nnz > 0
     if not supported or b_out % 16 or b_in % 16 or rank % 16 or x.get_device().type != "cpu":
         return _fallback(torch.ops.pixelfly.linear.default)(x, blocks, u, v, index, features, transposed)
-    x = _row_major(x)
+    rows = sympy_product(lead)
+    x = _row_major(L[torch.ops.aten.view](x, [rows, k]))
     inputs = {"X": x, "BLOCKS": _contiguous(blocks)}
     if rank:
         t = _lowrank_in(x, v)
         inputs |= {"T": t, "U": _contiguous(u)}
     else:
         t = L[torch.ops.aten.empty.memory_format](
-            [rows, 0], dtype=x.get_dtype(), device=x.get_device(), layout=torch.strided
+            [rows, rank], dtype=x.get_dtype(), device=x.get_device(), layout=torch.strided
         )
     if index is not None:
         inputs["INDEX"] = _contiguous(index)
     y = _call("linear", inputs, [rows, features], _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None))
-    return y, t
+    view = L[torch.ops.aten.view]
+    return view(y, [*lead, features]), view(t, [*lead, rank])
 
 
 def _linear_params(

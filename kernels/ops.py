@@ -8,10 +8,8 @@ A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
 
     linear(x, blocks, u, v, index, features, transposed)   y = x W^T, or x W if transposed, and t = x v
     block_grad(a, x, index, b_out, b_in)                   the kept blocks of a^T x
-    project(weight, ...)                                   dense W -> (blocks, u): the orthogonal projection P
-    project_adjoint(g_blocks, g_u, ...)                    its adjoint: gradients of (blocks, u) -> gradient of W
 
-Each is closed under differentiation with the others. The eager implementation is `reference`; the fast ones are lowerings.
+The two are closed under differentiation. The eager implementation is `reference`; the fast ones are lowerings.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pixelfly_compiler.kernels import projection, reference
+from pixelfly_compiler.kernels import reference
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
@@ -45,10 +43,10 @@ def support_index(support: Support, device: torch.device | str = "cpu") -> Tenso
 def _linear(
     x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
 ) -> tuple[Tensor, Tensor]:
-    """y = x W^T (x W if transposed) with shapes x (M, K), y (M, features), u (features, r), v (K, r), and t = x v.
+    """y = x W^T (x W if transposed) with shapes x (..., K), y (..., features), u (features, r), v (K, r), and t = x v.
 
     `transposed` concerns the blocks only; u and v are given in the operator's own orientation: u meets y, v meets x.
-    t (M, r) is returned because the gradient of u needs it; without low rank it is (M, 0).
+    t (..., r) is returned because the gradient of u needs it; without low rank it is (..., 0).
     """
     return reference.linear(x, blocks, u, v, index, features, transposed)
 
@@ -61,7 +59,7 @@ def _(
         if other is not None and other.dtype != x.dtype:
             raise RuntimeError(f"pixelfly::linear: x is {x.dtype} but {name} is {other.dtype}; cast one of them")
     rank = 0 if v is None else v.shape[1]
-    return x.new_empty(x.shape[0], features), x.new_empty(x.shape[0], rank)
+    return x.new_empty(*x.shape[:-1], features), x.new_empty(*x.shape[:-1], rank)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -79,12 +77,12 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
         # s = gy u, the gradient of t, comes with the input gradient: the transposed operator's own t.
         s = None
         if need_x:
-            gx, s = torch.ops.pixelfly.linear(gy, blocks, v, u, index, x.shape[1], not ctx.transposed)
+            gx, s = torch.ops.pixelfly.linear(gy, blocks, v, u, index, x.shape[-1], not ctx.transposed)
         elif need_v:
             s = gy @ u
         if need_blocks:
             a, b = (x, gy) if ctx.transposed else (gy, x)
-            gblocks = torch.ops.pixelfly.block_grad(a, b, index, blocks.shape[1], blocks.shape[2])
+            gblocks = torch.ops.pixelfly.block_grad(_rows(a), _rows(b), index, blocks.shape[1], blocks.shape[2])
         if need_u:
             gu = tall_product(gy, t)
         if need_v and s is not None:
@@ -93,6 +91,10 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
         gx = _add(gx, gt @ v.mT) if need_x else None
         gv = _add(gv, tall_product(x, gt)) if need_v else None
     return gx, gblocks, gu, gv, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _add(a: Tensor | None, b: Tensor) -> Tensor:
@@ -120,9 +122,7 @@ def linear(
         blocks = gamma * blocks
         u = None if u is None else (1 - gamma) * u
     index = support_index(support, x.device)
-    rows = x.reshape(-1, support.in_features)
-    y, _ = torch.ops.pixelfly.linear(rows, blocks, u, v, index, support.out_features, False)
-    y = y.reshape(*x.shape[:-1], support.out_features)
+    y, _ = torch.ops.pixelfly.linear(x, blocks, u, v, index, support.out_features, False)
     return y if bias is None else y + bias
 
 
@@ -160,70 +160,11 @@ _block_grad.register_autograd(_block_grad_backward, setup_context=_block_grad_se
 
 
 def tall_product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b for a (M, n) and b (M, r) with r small: (n, r), as a block gradient whose blocks are all kept."""
+    """a^T b for a (..., n) and b (..., r) with r small: (n, r), as a block gradient whose blocks are all kept."""
+    a, b = _rows(a), _rows(b)
     rows = 64 if a.shape[1] >= 64 else 16
     blocks = torch.ops.pixelfly.block_grad(a, b, None, rows, b.shape[1])
     return blocks.reshape(-1, b.shape[1])[: a.shape[1]]
-
-
-# ------------------------------------------------------------------------------------------------------------ project
-
-
-@torch.library.custom_op("pixelfly::project", mutates_args=())
-def _project(weight: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """P of a dense weight (out, in): blocks (nnz, block, block) and u (out, r), for the fixed basis v (in, r).
-
-    `gram_inv` (block_rows, r, r) is `projection.gram_inverse`. Low precision is computed in fp32 and rounded at the end.
-    """
-    rows, cols = SupportIndex.coordinates(index, weight.shape[0], weight.shape[1], block)
-    blocks, u = projection.project_fixed(weight, v, gram_inv, rows, cols, block)
-    return blocks.to(weight.dtype).contiguous(), u.to(weight.dtype).contiguous()
-
-
-@_project.register_fake
-def _(weight: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    shape = SupportIndex.shape_of(index, weight.shape[0], weight.shape[1], block, block)
-    return weight.new_empty(shape.nnz, block, block), weight.new_empty(weight.shape[0], v.shape[1])
-
-
-@torch.library.custom_op("pixelfly::project_adjoint", mutates_args=())
-def _project_adjoint(
-    g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, out_features: int
-) -> Tensor:
-    """The gradient of W, (out, in), from those of (blocks, u) = project(W): g_blocks on the support, h v^T off it."""
-    rows, cols = SupportIndex.coordinates(index, out_features, v.shape[0], g_blocks.shape[1])
-    return projection.project_adjoint(g_blocks, g_u, v, gram_inv, rows, cols, out_features).to(g_blocks.dtype)
-
-
-@_project_adjoint.register_fake
-def _(g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, index: Tensor, out_features: int) -> Tensor:
-    return g_blocks.new_empty(out_features, v.shape[0])
-
-
-def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weight, v, gram_inv, index, _ = inputs
-    ctx.out_features = weight.shape[0]
-    ctx.save_for_backward(v, gram_inv, index)
-
-
-def _project_backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor | None, ...]:
-    gw = torch.ops.pixelfly.project_adjoint(g_blocks, g_u, *ctx.saved_tensors, ctx.out_features)
-    return gw, None, None, None, None
-
-
-def _project_adjoint_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    g_blocks, _, v, gram_inv, index, _ = inputs
-    ctx.block = g_blocks.shape[1]
-    ctx.save_for_backward(v, gram_inv, index)
-
-
-def _project_adjoint_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    g_blocks, g_u = torch.ops.pixelfly.project(g, *ctx.saved_tensors, ctx.block)
-    return g_blocks, g_u, None, None, None, None
-
-
-_project.register_autograd(_project_backward, setup_context=_project_setup)
-_project_adjoint.register_autograd(_project_adjoint_backward, setup_context=_project_adjoint_setup)
 
 
 # ----------------------------------------------------------------------------------------------------------- autocast

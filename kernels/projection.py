@@ -142,6 +142,25 @@ def project_fixed(
     return kept - _lowrank_blocks(u, v, rows, cols, block), u
 
 
+@_without_autocast
+def project_adjoint(
+    g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor
+) -> Tensor:
+    """The adjoint of `project_fixed`: the gradient of the weight, (out, in), from those of blocks and u.
+
+    On the support it is g_blocks; elsewhere h v^T with h = (g_u - g_blocks V_S) (V_N^T V_N)^+.
+    """
+    g_blocks, g_u = g_blocks.to(_compute_dtype(g_blocks)), g_u.to(_compute_dtype(g_u))
+    v, block = v.to(g_u.dtype), g_blocks.shape[-1]
+    inside = torch.bmm(g_blocks, _row_blocks(v, block)[cols])  # (nnz, b, r)
+    outside = _row_blocks(g_u, block).index_add(0, rows, inside, alpha=-1)  # (R, b, r)
+    h = torch.bmm(outside, gram_inv.to(g_u.dtype)).flatten(0, 1)  # (R * b, r)
+    weight = h @ _row_blocks(v, block).flatten(0, 1).mT  # (R * b, C * b)
+    tiles = weight.unflatten(1, (-1, block)).unflatten(0, (-1, block)).transpose(1, 2)
+    tiles[rows, cols] = g_blocks
+    return weight[: g_u.shape[0], : v.shape[0]]
+
+
 def _fit(weight: Tensor, kept: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """u = (W V - W_S V_S) (V_N^T V_N)^+, with S the kept columns of each block row and `kept` the blocks there."""
     block = kept.shape[-1]

@@ -71,11 +71,11 @@ def linear(
     """See `ops.linear`."""
     dtype = _compute_dtype(x.dtype)
     wide = x.to(dtype)
-    out_features, in_features = (x.shape[1], features) if transposed else (features, x.shape[1])
+    out_features, in_features = (x.shape[-1], features) if transposed else (features, x.shape[-1])
     weight = scatter(blocks.to(dtype), index, out_features, in_features)
     y = wide @ (weight if transposed else weight.mT)
     if u is None or v is None:
-        return y.to(x.dtype), x.new_empty(x.shape[0], 0)
+        return y.to(x.dtype), x.new_empty(*x.shape[:-1], 0)
     t = wide @ v.to(dtype)
     return (y + t @ u.to(dtype).mT).to(x.dtype), t.to(x.dtype)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.oracle import project
+from pixelfly_compiler.passes.sites import Found
 
 
 def render(plan: Plan, width: int | None = None) -> str:
@@ -38,7 +44,7 @@ def table(plan: Plan) -> Table:
 
 
 def fold(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries that share role, shape, rows and decision, in order of first appearance; those without a matmul come last."""
+    """Entries that share role, shape, rows and decision, in order; those that no matmul uses come last."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: not entry.rows):
         key = (entry.role or entry.name, entry.weight_shape, entry.rows, entry.config, entry.reason)
@@ -74,3 +80,38 @@ def predicted_speedup(sites: Sequence[Entry]) -> float:
     dense = sum(entry.dense_flops for entry in sites)
     sparse = sum(entry.dense_flops / (entry.speedup or 1.0) for entry in sites)
     return dense / sparse if sparse else 1.0
+
+
+log = logging.getLogger("pixelfly_compiler")
+_announced: set[str] = set()
+
+
+def announce(plan: Plan, found: Found, weights: Mapping[str, Tensor]) -> None:
+    """Say once per plan what the compiled model computes: it is not the dense model. `weights` are the sparse ones."""
+    if plan.digest in _announced:
+        return
+    _announced.add(plan.digest)
+    if not weights:
+        log.warning("pixelfly: nothing was made sparse: %s", "; ".join(plan.notes) or "every site is dense, see plan()")
+        return
+    errors = _errors(plan, weights)
+    log.warning(
+        "pixelfly: %d of %d matmul weights run sparse, %.1f%% of the dense compute is kept; their relative weight error "
+        "is %.2f to %.2f. The compiled model computes with projected weights: train or fine-tune it, raise the budget "
+        "(options={'budget': ...}), or exclude weights. pixelfly_compiler.plan(model, args) lists all decisions.",
+        len(weights),
+        len(found.sites),
+        100 * plan.kept,
+        min(errors),
+        max(errors),
+    )
+
+
+@torch.no_grad()
+def _errors(plan: Plan, weights: Mapping[str, Tensor]) -> list[float]:
+    """Relative weight error of one weight of each role: layers of a role are alike."""
+    by_role = {entry.role: (weight, entry) for name, weight in weights.items() if (entry := plan.find(name))}
+    return [
+        projection.relative_error(weight, project(weight.detach(), entry, plan.basis))
+        for weight, entry in by_role.values()
+    ]

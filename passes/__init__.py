@@ -1,0 +1,2 @@
+if __name__ == "passes":
+    raise ImportError("import pixelfly_compiler.passes, not passes: a second import would register the operators twice")

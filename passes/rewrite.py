@@ -1,0 +1,160 @@
+"""Rewrite a Dynamo graph: every planned matmul becomes `pixelfly::linear` on a compact weight that is an input.
+
+    def forward(self, x, weight, bias):                     def forward(self, x, bias, blocks, u, v, index):
+        y = F.linear(x, weight, bias)             -->           y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
+        return (y,)                                             return (y + bias.to(y.dtype),)
+
+The dense weight leaves the graph where nothing else uses it. The compact tensors are inputs and not constants, since the
+same code may run with other weights of the same shape. The graph's new nodes carry no fake values: AOTAutograd, which
+runs next, traces the graph anew.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.passes.sites import Match, SiteConfig
+
+
+@dataclass(frozen=True)
+class CompactInput:
+    """One input that the rewritten graph takes instead of a weight: `part` of the weight at position `weight`.
+
+    The parts are blocks, u, v and index. `transposed`: the weight is stored (in, out).
+    """
+
+    part: str
+    weight: int
+    config: SiteConfig
+    transposed: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The graph's inputs after the rewrite: positions of the old inputs that remain, then the new ones."""
+
+    kept: tuple[int, ...]
+    added: tuple[CompactInput, ...]
+    sites: int
+
+
+def rewrite(
+    gm: GraphModule,
+    matches: Iterable[Match],
+    configs: Mapping[str, SiteConfig],
+    weights: Mapping[str, int],
+    share_basis: bool = True,
+) -> Rewritten:
+    """Put `pixelfly::linear` in place of each match whose site has a config.
+
+    `weights`: site name -> input position. `share_basis`: all weights with as many inputs take the same v.
+    """
+    inputs = _Inputs(gm, weights, share_basis)
+    planned = [match for match in matches if match.site in configs]
+    for match in planned:
+        _replace(match, configs[match.site], inputs)
+    modules = [gm, *{match.module for match in planned if match.module is not gm}]
+    for module in modules:
+        module.graph.eliminate_dead_code()
+    kept = inputs.drop_unused()
+    for module in modules:
+        module.graph.lint()
+        module.recompile()
+    return Rewritten(kept, tuple(inputs.added), len(planned))
+
+
+def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
+    graph, node = match.module.graph, match.node
+    blocks, index = (inputs.get(part, match, config) for part in ("blocks", "index"))
+    u, v = (inputs.get(part, match, config) if config.rank else None for part in ("u", "v"))
+    x = match.x
+    left = match.left and x.meta["example_value"].dim() > 1
+    out_features = int(node.meta["example_value"].shape[-2 if left else -1])
+    with graph.inserting_before(node):
+        if left:
+            x = graph.call_function(torch.transpose, (x, -1, -2))
+        pair = graph.call_function(
+            torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, out_features, False)
+        )
+        y = graph.call_function(operator.getitem, (pair, 0))
+        if left:
+            y = graph.call_function(torch.transpose, (y, -1, -2))
+        for term in (match.bias, match.addend):
+            if term is not None:
+                cast = graph.call_method("to", (term, match.dtype))
+                y = graph.call_function(operator.add, (y, cast))
+    y.meta.update({key: value for key, value in node.meta.items() if key in ("example_value", "stack_trace", "nn_module_stack")})
+    node.replace_all_uses_with(y)
+    graph.erase_node(node)
+
+
+class _Inputs:
+    """The placeholders of a graph: adds those of compact weights, also to the bodies of activation checkpoints."""
+
+    def __init__(self, gm: GraphModule, weights: Mapping[str, int], share_basis: bool) -> None:
+        self.gm, self.weights, self.share_basis = gm, weights, share_basis
+        self.placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.added: list[CompactInput] = []
+        self._nodes: dict[tuple[GraphModule, CompactInput], Node] = {}
+        self._shared: dict[tuple[object, ...], CompactInput] = {}
+
+    def weight_node(self, site: str) -> Node:
+        return self.placeholders[self.weights[site]]
+
+    def stored_in_out(self, match: Match) -> bool:
+        """Is the parameter itself stored (in, out)? A checkpoint's body may be given its transpose."""
+        body, top = match.weight.meta["example_value"].shape, self.weight_node(match.site).meta["example_value"].shape
+        if body == top or match.module is self.gm:
+            return match.transposed
+        return not match.transposed
+
+    def get(self, part: str, match: Match, config: SiteConfig) -> Node:
+        """The placeholder, in the graph of `match`, of one part of its compact weight."""
+        transposed = self.stored_in_out(match)
+        key = CompactInput(part, self.weights[match.site], config, transposed, match.dtype)
+        out_features, in_features = self.weight_node(match.site).meta["example_value"].shape[:: -1 if transposed else 1]
+        if part == "index":
+            key = self._shared.setdefault((part, out_features, in_features, config), key)
+        elif part == "v" and self.share_basis:
+            key = self._shared.setdefault((part, in_features, config.rank, match.dtype), key)
+        return self._placeholder(match.module, key)
+
+    def _placeholder(self, module: GraphModule, key: CompactInput) -> Node:
+        if (module, key) not in self._nodes:
+            name = f"pixelfly_{key.part}_{len(self._nodes)}"
+            last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+            with module.graph.inserting_after(last):
+                node = module.graph.placeholder(name)
+            node._dynamo_source = None  # type: ignore[attr-defined] - AOTAutograd asks every placeholder for it
+            if module is self.gm:
+                self.added.append(key)
+            else:
+                parent, call = _caller(self.gm, module)
+                call.args = (*call.args, self._placeholder(parent, key))
+            self._nodes[module, key] = node
+        return self._nodes[module, key]
+
+    def drop_unused(self) -> tuple[int, ...]:
+        """Remove the placeholders of weights that nothing uses any more; the positions of those that remain."""
+        dropped = {position for position in self.weights.values() if not self.placeholders[position].users}
+        for position in dropped:
+            self.gm.graph.erase_node(self.placeholders[position])
+        return tuple(i for i in range(len(self.placeholders)) if i not in dropped)
+
+
+def _caller(gm: GraphModule, body: GraphModule) -> tuple[GraphModule, Node]:
+    """The module and the node, somewhere in `gm`, that run `body` as a checkpoint."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                argument = node.args[0] if node.op == "call_function" and node.args else None
+                if isinstance(argument, Node) and argument.op == "get_attr" and getattr(module, str(argument.target), None) is body:
+                    return module, node
+    raise LookupError("a checkpoint's body without a caller")

@@ -1,0 +1,184 @@
+"""The backend: `torch.compile(model, backend="pixelfly")`. The whole way on one page.
+
+    gm, inputs --find sites--> --plan--> --rewrite--> compile_fx with our lowerings --> code that takes compact weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._logging import trace_structured
+from torch.fx import Graph, GraphModule
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pixelfly_compiler.compact import CompactInputs, CompactWeights
+from pixelfly_compiler.config import Config
+from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
+from pixelfly_compiler.passes.sites import Found, find_sites, parameter_names, placeholders
+from pixelfly_compiler.plan import make_plan
+from pixelfly_compiler.report import announce
+
+log = logging.getLogger("pixelfly_compiler")
+
+_weights = CompactWeights()
+# What was decided for each weight, by configuration: training and evaluation, or two batch sizes, must mean the same.
+_decided: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def pixelfly(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its planned matmuls made sparse; see `Config` for the options, Inductor's pass through."""
+    config, inductor_options = Config.from_options(options)
+    patches = _inductor_patches(mode, inductor_options)
+    gm = _own_copy(gm)
+    names = parameter_names(gm, example_inputs)
+    found = find_sites(gm, example_inputs, names)
+    weights = _weight_positions(gm, names)
+    plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
+    configs = _configs(found, plan)
+    if not configs:
+        announce(plan, found, {})
+        return _inductor(gm, example_inputs, patches)
+    _check_basis(plan, [example_inputs[weights[name]] for name in configs])
+    rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
+    compact = CompactInputs(rewritten.added, _weights, plan.basis)
+    _trace(plan)
+    announce(plan, found, {name: example_inputs[weights[name]] for name in configs})
+    inputs = [*(example_inputs[position] for position in rewritten.kept), *_examples(compact(tuple(example_inputs)))]
+    compiled = _inductor(gm, inputs, patches)
+
+    def run(*args: Any) -> Any:
+        return compiled(*_inputs(rewritten, compact, args))
+
+    return run
+
+
+def _reset() -> None:
+    """Called by `torch._dynamo.reset()`: forget every compact weight and every decision."""
+    _weights.clear()
+    _decided.clear()
+
+
+pixelfly.reset = _reset  # type: ignore[attr-defined]
+
+
+def _own_copy(gm: GraphModule) -> GraphModule:
+    """A copy of the graph to rewrite: Dynamo still reads its own graph after the backend returns."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, val_map := {}))
+    copy = GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        copy._param_name_to_source = gm._param_name_to_source
+    for node in placeholders(gm):
+        val_map[node]._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+    return copy
+
+
+def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...]) -> list[Any]:
+    return [*(args[position] for position in rewritten.kept), *compact(args)]
+
+
+def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The compact inputs as AOTAutograd is to see them: leaves of static shape, whatever Dynamo thinks of dynamic sizes."""
+    context = torch._guards.TracingContext.try_get()
+    leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    if context is None or context.fake_mode is None:
+        return leaves
+    return [context.fake_mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
+
+
+def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
+    """Parameter name -> position among the graph's inputs."""
+    return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
+
+
+def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
+    """The plan for this graph, true to what was decided for its weights in earlier graphs."""
+    key = repr(config)
+    known: dict[str, Entry] = {}
+    for site in found.sites:
+        entry = _decided.get(weights[site.name], {}).get(key)
+        if entry is not None and entry.transposed == site.transposed:
+            known[site.name] = entry
+    training = torch.is_grad_enabled() and any(weights[site.name].requires_grad for site in found.sites)
+    plan = make_plan(found, config, weights=weights, training=training, decided=known)
+    if config.plan is None:
+        for site in found.sites:
+            _decided.setdefault(weights[site.name], {})[key] = plan[site.name]
+    return plan
+
+
+def _configs(found: Found, plan: Plan) -> dict[str, Any]:
+    """Site name -> config, for the sites of this graph that the plan makes sparse."""
+    configs = {}
+    for site in found.sites:
+        entry = plan.find(site.name, site.weight_shape)
+        if entry is not None and entry.config is not None and site.reason is None:
+            configs[site.name] = entry.config
+    return configs
+
+
+def _check_basis(plan: Plan, weights: Sequence[Tensor]) -> None:
+    if plan.basis == "svd" and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        raise OptionError(
+            "basis 'svd' depends on the weights and has no gradient, but this model is being trained",
+            next_step="use basis='fixed' to train, or run under torch.no_grad() or torch.inference_mode()",
+        )
+
+
+def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    return {**(list_mode_options(mode) if mode else {}), **options}
+
+
+def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
+    """Inductor with our lowerings. If a kernel cannot be generated or compiled, the operators' references run instead."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from pixelfly_compiler.kernels import lowering_cpu
+
+    lowering_cpu.register()
+    with _cache_tag():
+        return compile_fx(gm, list(inputs), config_patches=dict(patches))
+
+
+def _cache_tag() -> AbstractContextManager[Any]:
+    """Compiler caches must tell apart the code that two versions of this package generate."""
+    import torch.compiler.config as compiler_config
+
+    tag = f"{compiler_config.cache_key_tag}pixelfly-{_source_hash()}"
+    return compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _source_hash() -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(Path(__file__).parent.glob("kernels/**/*")):
+        if path.suffix in (".py", ".jinja"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _trace(plan: Plan) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "pixelfly_plan", "encoding": "json"},
+        payload_fn=plan.to_json,
+    )
