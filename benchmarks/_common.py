@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -136,13 +136,10 @@ def append_rows(benchmark: str, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def load_example(name: str) -> ModuleType:
     """A module of examples/, which is no package."""
-    folder = HERE.parent / "examples"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    folder = str(HERE.parent / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def peak_memory() -> int:
@@ -169,7 +166,7 @@ def run_child(script: str, args: Sequence[str], env: Mapping[str, str]) -> dict[
     command = [sys.executable, script, *args]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, check=False)
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        return {"child_error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

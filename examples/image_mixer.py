@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from _common import Contender, Result, Training, parser, peak_memory, race, report, train
+from _training import Contender, Result, Training, parser, peak_memory, race, report, train
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn

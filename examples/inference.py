@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _common import DENSE, Contender, Training, train
+from _training import DENSE, Contender, Training, train
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

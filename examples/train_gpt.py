@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _common import Contender, Result, Training, parser, peak_memory, race, report, train
+from _training import Contender, Result, Training, parser, peak_memory, race, report, train
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
