@@ -132,7 +132,7 @@ def allocate(roles: Sequence[Role], budget: float, allocator: str = "proportiona
 def _unreachable(
     roles: Sequence[Role], budget: float, limit: float, fixed: float, least: float, allocator: str
 ) -> Allocation:
-    """Even the least is above the budget. If dense roles are to blame, the others get the budget's share of their own."""
+    """Even the least is above the budget. If dense roles are to blame, the others keep the budget's share of theirs."""
     dense = sum(role.dense for role in roles)
     free = [index for index, role in enumerate(roles) if role.options]
     choices: Choices = _least(roles)
@@ -218,9 +218,9 @@ def _solve(
         if result.x is None:
             return None
         chosen: Choices = [None] * len(roles)
-        for column in np.flatnonzero(result.x > 0.5):
-            index, option = columns[int(column)]
-            chosen[index] = option
+        for (role, choice), taken in zip(columns, result.x, strict=True):
+            if taken > 0.5:
+                chosen[role] = choice
         if total_kept(roles, chosen) <= limit * (1 + 1e-9):
             return chosen
     return None

@@ -33,6 +33,10 @@ _COPIES = {"contiguous", "clone", "detach", "to", "float", "type_as", "dropout",
 TRANSPARENT = frozenset(_VIEWS | _COPIES)
 
 
+# What carries the residual stream: a layer gets it from the layer before or, the first one, from an embedding or input.
+STREAM = frozenset({"placeholder", "add", "iadd", "embedding", "cat"})
+
+
 def dataflow(gm: GraphModule) -> nx.MultiDiGraph:
     """The graph and its sub-graphs' bodies: nodes have a `label`, edges the argument's `position`."""
     graph = nx.MultiDiGraph()
@@ -71,6 +75,8 @@ def _neighbours(graph: nx.MultiDiGraph, node: Node, up: bool) -> list[tuple[int,
 
 def _up(graph: nx.MultiDiGraph, node: Node, hops: int) -> str:
     label = graph.nodes[node]["label"]
+    if label in STREAM:
+        return "stream"
     if hops == 0:
         return label
     sources = sorted((position, _up(graph, other, hops - 1)) for position, other in _neighbours(graph, node, up=True))

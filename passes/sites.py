@@ -211,6 +211,13 @@ def _is_identity(node: Node) -> bool:
     return before.dtype == after.dtype and before.device == after.device
 
 
+def _carried(node: Node) -> Node:
+    """What a chain of transposes starts from."""
+    while (_swaps_two_dims(node) or _is_identity(node)) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 _CHECKPOINTS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
 
 
@@ -301,7 +308,7 @@ def _match(use: _Use, site: str) -> Match | None:
 
 def _build_match(use: _Use, site: str, operands: _Operands) -> Match | None:
     x, out, weight = operands.x, _value(use.user), _value(use.operand)
-    if not isinstance(x, Node) or x is use.operand or out is None or weight is None or weight.dim() != 2:
+    if not isinstance(x, Node) or _carried(x) is use.weight or out is None or weight is None or weight.dim() != 2:
         return None
     x_value = _value(x)
     if x_value is None:

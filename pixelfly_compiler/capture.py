@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,7 +20,7 @@ _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", defau
 
 
 def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """A Dynamo backend that compiles nothing and records each *run*, so that a graph shared by two layers counts twice."""
+    """Compiles nothing and records each *run*, so that a graph that serves two layers counts twice."""
 
     def run(*inputs: Any) -> Any:
         records = _records.get()
@@ -31,7 +32,7 @@ def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callab
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Found:
-    """The sites of `model(*args, **kwargs)`, over all graphs that Dynamo makes of it, by the model's parameter names."""
+    """The sites of `model(*args, **kwargs)` in all graphs that Dynamo makes of it, by the model's parameter names."""
     model = getattr(model, "_orig_mod", model)
     records: list[Record] = []
     token = _records.set(records)
@@ -51,13 +52,31 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+    with torch.random.fork_rng(devices=devices), _forgotten_shapes():
         try:
             yield
         finally:
             with torch.no_grad():
                 for buffer, value in buffers:
                     buffer.copy_(value)
+
+
+@contextmanager
+def _forgotten_shapes() -> Iterator[None]:
+    """Dynamo makes a size dynamic when it sees a second value of it; the sizes of this run must not be the first."""
+    try:
+        from torch._dynamo.pgo import get_code_state
+
+        state = get_code_state()
+        before = copy.deepcopy(dict(state))
+    except (ImportError, AttributeError, AssertionError):  # private; without it a later compile may be dynamic too soon
+        yield
+        return
+    try:
+        yield
+    finally:
+        state.clear()
+        state.update(before)
 
 
 def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

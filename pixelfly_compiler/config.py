@@ -1,4 +1,4 @@
-"""The one configuration: what `torch.compile(..., options={...})` and `plan(...)` understand, checked before compiling."""
+"""The one configuration: what `torch.compile(..., options={...})` and `plan(...)` take, checked before compiling."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _as_plan(value: Any) -> Plan:
 def _inductor_options() -> set[str]:
     from torch._inductor import config  # heavy to import, and only needed here
 
-    return set(config.shallow_copy_dict())
+    return set(config.get_config_copy())
 
 
 def _check_number(name: str, value: object, valid: str, holds: Any) -> None:

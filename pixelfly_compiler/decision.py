@@ -105,7 +105,7 @@ class Plan:
         return len(self.entries)
 
     def find(self, name: str, weight_shape: Sequence[int] | None = None) -> Entry | None:
-        """The entry of a weight that a graph calls `name`; None if there is none, or more than one with another decision.
+        """The entry of a weight that a graph calls `name`; None if there is none, or several that decide differently.
 
         After a graph break Dynamo may see a submodule as the root, and so only the end of the name; and one piece of
         code may serve several layers, which then must agree.

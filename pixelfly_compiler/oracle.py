@@ -1,7 +1,7 @@
 """What a plan means: the same model with every planned weight W replaced by P(W).
 
-`project` is P of one weight, `project_` replaces all of a model's. The compiled dense model equals the eager model after
-`project_`, and the gradient that reaches a planned weight is P of the dense gradient there.
+`project` is P of one weight, `project_` replaces all of a model's. The compiled dense model equals the eager model
+after `project_`, and the gradient that reaches a planned weight is P of the dense gradient there.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _project(weight: Tensor, support: Support, rank: int, basis: str) -> Tensor:
 def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Module:
     """Replace every planned weight W of `model` by P(W), in place; `basis` is the plan's by default.
 
-    A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their own,
-    and the lookup keeps W.
+    A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their
+    own, and the lookup keeps W.
     """
     model = getattr(model, "_orig_mod", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))

@@ -6,7 +6,7 @@ make_plan(found)   -->  candidates per site, one role for repeated layers, alloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,8 +36,8 @@ def plan(
     """Decide for every weight of `model`, from one run of `model(*args, **kwargs)`; compiles and changes nothing.
 
     `args` is a tuple, or one tensor. `options` are those of `Config`: budget=0.25, allocator=, block_size=, ...
-    `device` holds the time model's constants; `training` (default: as the model is) adds to the predictions the gradients
-    and the projection.
+    `device` holds the time model's constants; `training` (default: as the model is) adds the gradients and the
+    projection of the weights to the predicted speed-ups, and decides nothing.
     """
     config, others = Config.from_options(options)
     if others:
@@ -77,7 +77,7 @@ def make_plan(
             choice[site.name] = (decided[site.name].config, decided[site.name].reason)
         elif reason is not None:
             choice[site.name] = (None, reason)
-    problem = _Problem(members, config, device, training, weights or {}, choice)
+    problem = _Problem(members, config, device, weights or {}, choice)
     allocation = problem.solve()
     if allocation.note:
         notes.append(allocation.note)
@@ -105,11 +105,10 @@ class _Problem:
         members: Mapping[str, list[Site]],
         config: Config,
         device: Device | None,
-        training: bool,
         weights: Mapping[str, Tensor],
         choice: Mapping[str, tuple[SiteConfig | None, str | None]],
     ) -> None:
-        self.config, self.device, self.training, self.weights = config, device, training, weights
+        self.config, self.device, self.weights = config, device, weights
         self.free = {role: [s for s in sites if s.name not in choice] for role, sites in members.items()}
         self.free = {role: sites for role, sites in self.free.items() if sites}
         fixed = [(site, *choice[site.name]) for sites in members.values() for site in sites if site.name in choice]
@@ -136,7 +135,7 @@ class _Problem:
         """How many block sizes, in order of preference, this role needs to come near the budget by itself."""
         target = self.config.budget * self.free[role][0].elements
         for level in range(1, len(self.blocks) + 1):
-            if any(0.85 * target <= way.kept <= target * (1 + 1e-9) for way in self._candidates(role, level)):
+            if any(0.85 * target <= way.kept <= 1.25 * target for way in self._candidates(role, level)):
                 return level
         return len(self.blocks)
 
@@ -148,9 +147,10 @@ class _Problem:
                 site,
                 self.blocks[:level],
                 self.device_of(site),
+                budget=self.config.budget,
                 lowrank_share=self.config.lowrank_share,
                 force=self.config.force,
-                training=self.training,
+                most_strides=256 if self.config.allocator == "proportional" else 48,
             )
         return self._ways[key]
 
@@ -163,18 +163,27 @@ class _Problem:
         return roles
 
     def _role(self, role: str) -> Role:
-        sites = self.free[role]
+        sites, found = self.free[role], self.chosen[role]
         rows = sum(max(site.rows, 1) for site in sites)
         options = tuple(
-            Option(2.0 * rows * way.kept, way.time * len(sites), self._error(sites, way.config), way.order)
-            for way in self.chosen[role]
+            Option(2.0 * rows * way.kept, way.time * len(sites), error, way.order)
+            for way, error in zip(found, self._errors(role), strict=True)
         )
         return Role(role, 2.0 * rows * sites[0].elements, options, may_be_dense=not self.config.force)
 
-    def _error(self, sites: Sequence[Site], config: SiteConfig) -> float:
+    def _errors(self, role: str) -> list[float]:
+        """What each candidate of a role loses, summed over its sites.
+
+        Relative errors are squared once more: a little lost everywhere is better than all lost in one place.
+        """
+        configs = [way.config for way in self.chosen[role]]
         if self.config.allocator == "proportional":
-            return 0.0
-        return sum(ways.expected_error(site, config, self.weights.get(site.name)) for site in sites)
+            return [0.0] * len(configs)
+        total = [0.0] * len(configs)
+        for site in self.free[role]:
+            errors = ways.relative_errors(site, configs, self.weights.get(site.name))
+            total = [sum_ + site.elements * error**2 for sum_, error in zip(total, errors, strict=True)]
+        return total
 
     def decisions(self, allocation: Allocation) -> dict[str, tuple[SiteConfig | None, str | None]]:
         """Site name -> (config, reason if dense)."""

@@ -54,7 +54,7 @@ def fold(entries: Iterable[Entry]) -> list[list[Entry]]:
 
 def _row(entries: Sequence[Entry]) -> list[str]:
     first = entries[0]
-    name = first.role.partition("#")[0] if len(entries) > 1 and first.role else first.name
+    name = _common_name([entry.name for entry in entries])
     names = f"{name} (= {', '.join(first.aliases)})" if first.aliases and len(entries) == 1 else name
     if not first.rows:
         return [names, "", " x ".join(map(str, first.weight_shape)), "", f"not a site: {first.reason}", "", ""]
@@ -63,6 +63,12 @@ def _row(entries: Sequence[Entry]) -> list[str]:
     decision = first.decision if first.reason is None else f"dense: {first.reason}"
     speed = "" if first.speedup is None else f"{first.speedup:.1f}x"
     return [names, str(len(entries)), shape, rows, decision, f"{first.kept_share:.1%}", speed]
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """layers.0.fc and layers.1.fc -> layers.*.fc"""
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
 
 
 def summary(plan: Plan) -> list[str]:

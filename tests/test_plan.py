@@ -1,0 +1,456 @@
+"""Plans: the budget is met, every decision has its reason, text forms are faithful, and project_ puts in P(W)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pixelfly_compiler.cli import main
+from pixelfly_compiler.config import Config
+from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.errors import OptionError, PlanError, PlanMismatchError, UnknownSiteError
+from pixelfly_compiler.passes import cost
+from pixelfly_compiler.passes.candidates import candidates, relative_errors
+from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
+from pixelfly_compiler.plan import make_plan, plan, project, project_
+from pixelfly_compiler.report import render
+
+DEVICE = cost.Device()  # the defaults: tests must not depend on this machine
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int = 128, layers: int = 2) -> None:
+        super().__init__()
+        self.layers: Any = nn.ModuleList(
+            nn.ModuleList([nn.Linear(width, 4 * width), nn.Linear(4 * width, width)]) for _ in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in self.layers:
+            x = x + down(F.gelu(up(x)))
+        return x
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(192, 128), nn.Linear(128, 192, bias=False)
+        self.head.weight = self.emb.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.emb(ids))
+
+
+def site(out_features: int, in_features: int, rows: int = 512, name: str = "w", **changes: Any) -> Site:
+    values: dict[str, Any] = {
+        "name": name,
+        "weight_shape": (out_features, in_features),
+        "out_features": out_features,
+        "in_features": in_features,
+        "transposed": False,
+        "rows": rows,
+        "rows_expr": str(rows),
+        "role": name,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    return Site(**values | changes)
+
+
+def planned(*sites: Site, **options: Any) -> Plan:
+    return make_plan(Found(sites, (), ()), Config(**options), device=DEVICE)
+
+
+def small_plan(model: nn.Module | None = None, **options: Any) -> Plan:
+    return plan(model or Mlp(), torch.randn(64, 128), device=DEVICE, **options)
+
+
+# ---- budget ----
+
+SIZES = st.sampled_from([64, 96, 100, 128, 192, 256, 300, 384, 768, 1000, 1024, 3072])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(SIZES, SIZES), min_size=1, max_size=4),
+    st.floats(0.02, 1.0),
+    st.sampled_from(["proportional", "error"]),
+    st.booleans(),
+)
+def test_any_sizes_meet_any_budget_or_the_plan_says_why(
+    shapes: list[tuple[int, int]], budget: float, allocator: str, force: bool
+) -> None:
+    sites = [site(*shape, name=f"w{index}") for index, shape in enumerate(shapes)]
+    made = planned(*sites, budget=budget, allocator=allocator, force=force)
+    total = sum(2 * s.rows * s.elements for s in sites)
+    assert made.kept == pytest.approx(sum(entry.kept_flops for entry in made) / total)
+    assert made.notes or 0.95 * budget * (1 - 1e-5) <= made.kept <= budget * (1 + 1e-9)
+    for entry in made:
+        assert (entry.config is None) == (entry.reason is not None)
+        if entry.config is not None:
+            assert entry.config.rank % 16 == 0
+            assert entry.support().kept + entry.config.rank * (entry.out_features + entry.in_features) == entry.kept
+            assert force or (entry.speedup is not None and entry.speedup > 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "budget", "config"),
+    [
+        ((768, 768), 0.25, SiteConfig(64, 1, 32)),
+        ((3072, 768), 0.25, SiteConfig(64, 1, 48)),
+        ((1024, 1024), 0.25, SiteConfig(64, 2, 32)),
+        ((1024, 4096), 0.125, SiteConfig(64, 0, 48)),
+        ((512, 2048), 0.25, SiteConfig(64, 0, 48)),
+        ((384, 384), 0.25, SiteConfig(64, 0, 16)),
+    ],
+)
+def test_decisions_for_the_shapes_people_use(shape: tuple[int, int], budget: float, config: SiteConfig) -> None:
+    entry = planned(site(*shape), budget=budget)["w"]
+    assert entry.config == config
+
+
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 1024), (2304, 768)])
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_the_low_rank_share_is_a_quarter_to_a_third(shape: tuple[int, int], budget: float) -> None:
+    entry = planned(site(*shape), budget=budget)["w"]
+    assert entry.config is not None
+    share = entry.config.rank * sum(shape) / entry.kept
+    assert 0.25 - 1e-9 <= share <= 1 / 3 + 1e-9
+
+
+def test_lowrank_share_and_block_size_are_obeyed() -> None:
+    none = planned(site(768, 768), lowrank_share=0.0)["w"]
+    assert none.config == SiteConfig(64, 2, 0)
+    half = planned(site(1024, 1024), lowrank_share=0.5)["w"]
+    assert half.config is not None
+    assert half.config.rank * 2048 / half.kept == pytest.approx(0.5, abs=0.07)
+    assert planned(site(768, 768), block_size=32)["w"].support().block == 32
+
+
+def test_budget_one_forced_is_every_block_and_no_rank() -> None:
+    entry = planned(site(768, 768), budget=1.0, force=True, lowrank_share=0.0)["w"]
+    assert entry.config == SiteConfig(64, 11, 0)
+    assert entry.kept_share == 1.0
+
+
+def test_dense_sites_have_reasons_and_count_in_full() -> None:
+    sites = (
+        site(768, 768, name="a"),
+        site(768, 768, name="b", reason="the weight is quantised"),
+        site(8, 768, name="c"),
+        site(768, 768, name="d", dtype="float64"),
+    )
+    made = planned(*sites, exclude=("a",), budget=0.5)
+    assert made["a"].reason == "excluded by 'a'"
+    assert made["b"].reason == "the weight is quantised"
+    assert "too small" in str(made["c"].reason)
+    assert "faster" in str(made["d"].reason)
+    assert made.kept == 1.0
+    assert "cannot be met" in made.notes[0]
+
+
+def test_force_overrides_the_prediction_and_not_the_user() -> None:
+    slow = site(768, 768, dtype="float64")
+    assert planned(slow, force=True)["w"].config is not None
+    assert planned(slow, force=True, exclude="w")["w"].config is None
+
+
+def test_earlier_decisions_stand() -> None:
+    first = planned(site(768, 768, name="a"), site(768, 768, name="b"), budget=0.25)
+    found = Found((site(768, 768, rows=1, name="a"), site(768, 768, rows=1, name="c")), (), ())
+    again = make_plan(found, Config(budget=0.5), device=DEVICE, decided={"a": first["a"]})
+    assert again["a"].config == first["a"].config
+    assert again.kept <= 0.5
+
+
+def test_training_changes_predictions_and_no_decision() -> None:
+    found = Found((site(768, 768),), (), ())
+    trained, used = (make_plan(found, Config(), device=DEVICE, training=flag)["w"] for flag in (True, False))
+    assert trained.config == used.config
+    assert trained.speedup != used.speedup
+
+
+# ---- cost ----
+
+
+def test_cost_expressions_agree_with_counting() -> None:
+    config = SiteConfig(64, 1, 32)
+    kept = 2 * 12 * 64 * 64 + 32 * (768 + 768)
+    assert cost.sparse_flops(site(768, 768, rows=10), config) == 2 * 10 * kept
+    assert cost.dense_flops(site(768, 768, rows=10)) == 2 * 10 * 768 * 768
+    assert cost.evaluate(cost.SPARSE_PARAMS, site(768, 768), config) == kept
+
+
+def test_fewer_flops_are_predicted_faster_until_overhead_rules() -> None:
+    big, tiny = site(1024, 1024, rows=4096), site(32, 32, rows=1)
+    times = [cost.sparse_time(big, SiteConfig(64, strides, 0), DEVICE) for strides in range(16)]
+    assert times == sorted(times)
+    assert times[0] < cost.dense_time(big, DEVICE)
+    assert cost.sparse_time(tiny, SiteConfig(16, 0, 0), DEVICE) == pytest.approx(DEVICE.overhead, rel=0.1)
+
+
+def test_calibration_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost._calibrated.cache_clear()
+    first = cost.calibrate()
+    assert all(rate > 1e8 for rate in (*first.dense_rate.values(), *first.peak_rate.values(), first.bandwidth))
+    (saved,) = (tmp_path / "pixelfly").iterdir()
+    cost._calibrated.cache_clear()
+    monkeypatch.setattr(cost, "measure", lambda: pytest.fail("measured again"))
+    assert cost.calibrate() == first
+    saved.write_text("{}")
+    cost._calibrated.cache_clear()
+    monkeypatch.setattr(cost, "measure", cost.Device)
+    assert cost.calibrate() == cost.Device()  # a damaged file is no error
+    cost._calibrated.cache_clear()
+
+
+def test_expected_error_is_near_the_real_one() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 384)
+    weight[:64] *= 4
+    one = site(256, 384)
+    for config in (SiteConfig(32, 0, 32), SiteConfig(64, 1, 16), SiteConfig(32, 2, 0)):
+        entry = Entry("w", (256, 384), 256, 384, config=config)
+        real = float((weight - project(weight, entry)).square().sum() / weight.square().sum())
+        assert relative_errors(one, [config], weight)[0] == pytest.approx(real, rel=0.03)
+
+
+def test_candidates_keep_less_than_all() -> None:
+    one = site(192, 320)
+    assert all(0 < way.kept < one.elements for way in candidates(one, (64, 32, 16), DEVICE, budget=0.25))
+
+
+# ---- values ----
+
+
+def test_json_round_trip_and_hash(tmp_path: Path) -> None:
+    made = small_plan()
+    again = Plan.from_json(made.to_json())
+    assert again == made
+    assert hash(again) == hash(made)
+    assert again.digest == made.digest
+    assert again.digest != small_plan(budget=0.5).digest
+    made.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == made
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99, "entries": []}', '{"version": 1, "entries": [1]}'])
+def test_what_is_no_plan_is_an_error(text: str) -> None:
+    with pytest.raises(PlanError):
+        Plan.from_json(text)
+
+
+def test_lookup_by_any_name() -> None:
+    made = plan(Tied(), torch.arange(40), device=DEVICE)
+    assert made["emb.weight"] is made["head.weight"]
+    assert "head.weight" in made
+    with pytest.raises(UnknownSiteError, match=r"did you mean head\.weight"):
+        made["haed.weight"]
+
+
+def test_find_by_the_end_of_a_name() -> None:
+    made = small_plan(Mlp(128, layers=2))
+    entry = made.find("0.weight", (512, 128))
+    assert entry is not None
+    assert entry.config == made["layers.0.0.weight"].config
+    assert made.find("2.weight") is None
+    assert made.find("ayers.0.0.weight") is None
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    made = small_plan(Mlp(128))
+    with pytest.raises(PlanMismatchError, match=r"layers\.0\.0\.weight: has shape \(1024, 256\)"):
+        plan(Mlp(256), torch.randn(8, 256), plan=made)
+    with pytest.raises(PlanMismatchError, match=r"layers\.2\.0\.weight: not in the plan"):
+        plan(Mlp(128, layers=3), torch.randn(8, 128), plan=made)
+    with pytest.raises(PlanMismatchError, match=r"layers\.0\.0\.weight"):
+        project_(Mlp(256), made)
+
+
+def test_a_table_at_any_width_names_all_and_folds_layers() -> None:
+    made = small_plan(Mlp(128, layers=3), exclude="*.2.0.*", budget=0.5)
+    for width in (40, 80, 200):
+        text = render(made, width)
+        assert max(map(len, text.splitlines())) <= width
+    wide = render(made, 200)
+    assert "layers.*.1.weight" in wide
+    assert "excluded by '*.2.0.*'" in wide
+    assert "of 6 sites sparse" in wide
+    assert str(made).count("\n") > 3
+
+
+# ---- from a model ----
+
+
+def test_a_plan_changes_nothing_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 64))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    plan(model, torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), device=DEVICE)
+    torch.testing.assert_close(torch.rand(3), expected)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_plan_leaves_dynamo_free_to_specialise() -> None:
+    model = Mlp()
+    torch._dynamo.reset()
+    small_plan(model)
+    shapes: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        shapes.extend(type(value) for value in inputs if not isinstance(value, torch.Tensor))
+        return gm.forward
+
+    torch.compile(model, backend=backend)(torch.randn(32, 128))
+    assert shapes == []
+
+
+def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
+    class Broken(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for up, down in self.layers:
+                x = x + self.step(up, down, x)
+                torch._dynamo.graph_break()
+            return x
+
+        def step(self, up: nn.Module, down: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            return down(F.gelu(up(x)))
+
+    made = small_plan(Broken(128, layers=3))
+    assert sorted(made._by_name) == sorted(name for name, p in Mlp(128, 3).named_parameters() if p.dim() == 2)
+    assert {entry.rows for entry in made} == {64}
+    assert 0.95 * 0.25 <= made.kept <= 0.25
+
+
+def test_compiled_models_and_keyword_inputs() -> None:
+    model: Any = torch.compile(Mlp(), backend="eager")
+    made = plan(model, (), {"x": torch.randn(64, 128)}, device=DEVICE)
+    assert "layers.0.0.weight" in made
+
+
+def test_a_model_without_sites_gets_a_plan_that_says_so() -> None:
+    made = plan(nn.ReLU(), torch.randn(3), device=DEVICE)
+    assert len(made) == 0
+    assert "no site" in made.notes[0]
+    assert "no site" in str(made)
+
+
+def test_wrong_options_are_refused() -> None:
+    with pytest.raises(OptionError, match="'budget'"):
+        small_plan(budget=2)
+    with pytest.raises(OptionError, match="'bugdet'"):
+        small_plan(bugdet=0.5)
+
+
+# ---- projection ----
+
+
+def test_project_replaces_every_planned_weight_and_no_other() -> None:
+    torch.manual_seed(0)
+    model = Mlp()
+    made = small_plan(model, exclude="*.0.1.*", budget=0.5)
+    before = copy.deepcopy(model.state_dict())
+    project_(model, made)
+    for name, value in model.state_dict().items():
+        if name in made and made[name].config is not None:
+            assert not torch.equal(value, before[name])
+            torch.testing.assert_close(value, project(before[name], made[name]))
+            torch.testing.assert_close(project(value, made[name]), value, rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_project_of_a_transposed_weight_is_the_transpose() -> None:
+    weight = torch.randn(96, 160)
+    config = SiteConfig(32, 0, 16)
+    stored = Entry("w", (160, 96), 96, 160, transposed=True, config=config)
+    plain = Entry("w", (96, 160), 96, 160, config=config)
+    torch.testing.assert_close(project(weight.t().contiguous(), stored), project(weight, plain).t())
+
+
+def test_the_svd_basis_is_never_worse() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(128, 16) @ torch.randn(16, 128)
+    entry = Entry("w", (128, 128), 128, 128, config=SiteConfig(32, 0, 16))
+    errors = {basis: (weight - project(weight, entry, basis)).norm() for basis in ("fixed", "svd")}
+    assert errors["svd"] < errors["fixed"]
+    with pytest.raises(PlanError, match="valid: fixed, svd"):
+        project(weight, entry, "none")
+
+
+def test_a_tied_head_is_projected_and_the_lookup_is_not() -> None:
+    torch.manual_seed(0)
+    model = Tied()
+    table = model.emb.weight.detach().clone()
+    made = plan(model, torch.arange(40), device=DEVICE, force=True)
+    project_(model, made)
+    assert torch.equal(model.emb.weight, table)
+    torch.testing.assert_close(model.head.weight, nn.Parameter(project(table, made["emb.weight"])))
+    assert model.head.weight.requires_grad
+
+
+def test_a_table_that_multiplies_itself_cannot_be_untied() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(192, 128)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return F.linear(self.emb(ids), self.emb.weight)
+
+    model = Own()
+    with pytest.raises(PlanError, match="module of its own"):
+        project_(model, plan(model, torch.arange(40), device=DEVICE, force=True))
+
+
+# ---- command line ----
+
+FACTORY = """
+import torch
+def build():
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256))
+    return model, torch.ones(64, 256)
+def wrong():
+    return 3
+"""
+
+
+def test_the_command_line_prints_and_saves_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(FACTORY)
+    out = tmp_path / "plan.json"
+    result = CliRunner().invoke(main, ["plan", f"{tmp_path}/model.py:build", "--budget", "0.5", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "0.weight" in result.output
+    assert Plan.load(out).budget == 0.5
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "words"),
+    [
+        ("model.py", [], "is not FILE.py:FACTORY"),
+        ("none.py:build", [], "no file"),
+        ("model.py:none", [], "no function 'none'"),
+        ("model.py:wrong", [], "must return (model, args)"),
+        ("model.py:build", ["--budget", "2"], "'budget'"),
+    ],
+)
+def test_the_command_line_explains_errors(tmp_path: Path, target: str, options: list[str], words: str) -> None:
+    (tmp_path / "model.py").write_text(FACTORY)
+    result = CliRunner().invoke(main, ["plan", f"{tmp_path}/{target}", *options])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert "Traceback" not in result.output
