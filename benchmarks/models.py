@@ -247,7 +247,7 @@ def check(case: Case, runner: Runner) -> float:
 
 
 def worst_error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative error; a gradient far below the others' mean norm is all rounding, so a tenth of that counts."""
+    """The largest relative error. A gradient far below the others' mean norm is all rounding: a tenth of that counts."""
     norms = torch.stack([e.double().norm() for e in exact[1:]]) if len(exact) > 1 else torch.zeros(1)
     floor = 0.1 * float(norms.mean())
     errors = [relative_error(values[0], exact[0])]
@@ -375,8 +375,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for row in rows:
             if "child_error" in row:
                 print(f"  {row['contender']}: no memory or compile time: {row['child_error']}", file=sys.stderr)
-        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode, "budget": case.budget, "tiny": case.tiny}
-        append_rows("models", ({**facts, **row} for row in rows))
+        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode, "budget": case.budget}
+        if not case.tiny:
+            append_rows("models", ({**facts, **row} for row in rows))
         results += rows
     return results
 
