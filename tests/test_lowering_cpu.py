@@ -1,0 +1,132 @@
+"""The C++ templates, compiled and run: every dtype, odd sizes, any support, fused epilogues, against float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_good_as, to_double
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from pixelfly_compiler.kernels import lowering_cpu, ops
+from pixelfly_compiler.kernels.support import Support, flat_butterfly
+
+UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered() -> None:
+    lowering_cpu.register()
+
+
+def operands(support: Support, rows: int, rank: int, dtype: torch.dtype, transposed: bool) -> list[Tensor | None]:
+    """x, blocks, u, v, index in the operator's own orientation."""
+    out_features, in_features = support.out_features, support.in_features
+    k, n = (out_features, in_features) if transposed else (in_features, out_features)
+    blocks = torch.randn(support.nnz, support.block, support.block, dtype=dtype)
+    u, v = (torch.randn(n, rank).to(dtype), (torch.randn(k, rank) / k**0.5).to(dtype)) if rank else (None, None)
+    return [torch.randn(rows, k).to(dtype), blocks, u, v, ops.support_index(support)]
+
+
+def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = False) -> str:
+    """Compiled equals float64 as well as eager does, and `kernels` of our templates are in the code, which is returned."""
+    compiled, code = run_and_get_code(torch.compile(function, dynamic=dynamic, fullgraph=True), *args)
+    eager, exact = function(*args), function(*map(to_double, args))
+    for ours, plain, truth in zip(compiled, eager, exact, strict=True):
+        assert_as_good_as(ours, plain, truth)
+    text = "\n".join(code)
+    assert text.count("async_compile.cpp_pybinding") >= kernels and "torch.ops.pixelfly" not in text
+    return text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool) -> None:
+    features = UNEVEN.in_features if transposed else UNEVEN.out_features
+    x, blocks, u, v, index = operands(UNEVEN, 77, 16, dtype, transposed)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed)
+        plain = torch.ops.pixelfly.linear(x, blocks, None, None, index, features, transposed)[0]
+        a, b = (x, y) if transposed else (y, x)
+        return y, t, plain, torch.ops.pixelfly.block_grad(a, b, index, 32, 32), ops.tall_product(y, t)
+
+    # The gradients take y as computed, so their error adds to its own: compare on the same y.
+    check(lambda *args: function(*args)[:3], [x, blocks, u, v, index], kernels=3)
+    y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed)
+    pair = (x, y) if transposed else (y, x)
+
+    def gradients(a: Tensor, b: Tensor, y: Tensor, t: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.pixelfly.block_grad(a, b, index, 32, 32), ops.tall_product(y, t)
+
+    check(gradients, [*pair, y, t, index], kernels=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_few_rows_take_the_dot_product_path(dtype: torch.dtype, rows: int) -> None:
+    args = operands(UNEVEN, rows, 32, dtype, False)
+    code = check(lambda *a: torch.ops.pixelfly.linear(*a, UNEVEN.out_features, False)[:1], args, kernels=2)
+    assert "dot_rows" in code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_epilogues_are_fused_into_the_template(dtype: torch.dtype) -> None:
+    support = flat_butterfly(256, 192, 64, 1)
+    x, blocks, _, _, index = operands(support, 130, 0, dtype, False)
+    bias, residual = torch.randn(256).to(dtype), torch.randn(2, 65, 256).to(dtype)
+
+    def function(x: Tensor, blocks: Tensor, index: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor]:
+        y = torch.ops.pixelfly.linear(x.view(2, 65, 192), blocks, None, None, index, 256, False)[0]
+        return (F.gelu(y + bias) + residual,)
+
+    code = check(function, [x, blocks, index, bias, residual], kernels=1)
+    assert code.count("async_compile.cpp_pybinding") == 1, "bias, GELU and residual run in a kernel of their own"
+
+
+def test_an_output_with_other_users_is_stored_too() -> None:
+    support = flat_butterfly(64, 64, 32, 0)
+    x, blocks, _, _, index = operands(support, 50, 0, torch.float32, False)
+
+    def function(x: Tensor, blocks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.ops.pixelfly.linear(x, blocks, None, None, index, 64, False)[0]
+        return y, y.relu() + 1
+
+    check(function, [x, blocks, index], kernels=1)
+
+
+def test_symbolic_rows_compile_once() -> None:
+    support = flat_butterfly(96, 64, 32, 0)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        return torch.ops.pixelfly.linear(x, blocks, u, v, index, 96, False)[0]
+
+    compiled = torch.compile(function, backend=counter, dynamic=None)
+    for rows in (100, 33, 5, 32, 480):
+        args = operands(support, rows, 32, torch.float32, False)
+        torch._dynamo.mark_dynamic(args[0], 0)
+        assert_as_good_as(compiled(*args), function(*args), function(*map(to_double, args)))
+    assert counter.frame_count == 1
+
+
+def test_strided_and_repeated_inputs() -> None:
+    wide = torch.randn(70, 160)
+
+    def function(wide: Tensor, index: Tensor) -> tuple[Tensor]:
+        x = wide[:, 32:96]  # columns of a wider buffer: read in place, at an offset
+        return (torch.ops.pixelfly.block_grad(x, x, index, 32, 32),)
+
+    check(function, [wide, ops.support_index(flat_butterfly(64, 64, 32, 0))], kernels=1)
+
+
+def test_other_dtypes_run_the_reference() -> None:
+    args = [to_double(arg) for arg in operands(UNEVEN, 9, 16, torch.float32, False)]
+    y = torch.compile(lambda *a: torch.ops.pixelfly.linear(*a, 100, False)[0])(*args)
+    torch.testing.assert_close(y, torch.ops.pixelfly.linear(*args, 100, False)[0])

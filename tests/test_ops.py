@@ -1,0 +1,113 @@
+"""The operators: schema, fakes, autograd and autocast against their reference; no compiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixelfly_compiler.kernels import ops, reference
+from pixelfly_compiler.kernels.support import Support, dense_support, flat_butterfly
+
+UNBALANCED = Support(48, 64, 16, crow=(0, 3, 3, 4), col=(0, 1, 3, 2))  # an empty row, an empty-handed pattern: any support
+SUPPORTS = [flat_butterfly(64, 64, 16, 1), flat_butterfly(40, 70, 16, 2), UNBALANCED]
+
+
+def compact(support: Support, rank: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    blocks = torch.randn(support.nnz, support.block, support.block, dtype=dtype)
+    if rank == 0:
+        return blocks, None, None
+    return blocks, torch.randn(support.out_features, rank, dtype=dtype), torch.randn(support.in_features, rank, dtype=dtype)
+
+
+def dense(blocks: Tensor, u: Tensor | None, v: Tensor | None, support: Support) -> Tensor:
+    weight = reference.scatter(blocks, ops.support_index(support), support.out_features, support.in_features)
+    return weight if u is None or v is None else weight + u @ v.mT
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_linear_is_a_matmul_with_the_dense_weight(support: Support, rank: int) -> None:
+    blocks, u, v = compact(support, rank)
+    weight, index = dense(blocks, u, v, support), ops.support_index(support)
+    x, g = torch.randn(2, 5, support.in_features).double(), torch.randn(2, 5, support.out_features).double()
+    torch.testing.assert_close(ops.linear(x, blocks, u, v, support), x @ weight.mT)
+    back = torch.ops.pixelfly.linear(g, blocks, v, u, index, support.in_features, True)[0]
+    torch.testing.assert_close(back, g @ weight)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_block_grad_is_the_kept_part_of_the_dense_gradient(support: Support) -> None:
+    a, x = torch.randn(9, support.out_features).double(), torch.randn(9, support.in_features).double()
+    index = ops.support_index(support)
+    blocks = torch.ops.pixelfly.block_grad(a, x, index, support.block, support.block)
+    ones = torch.ones(support.nnz, support.block, support.block).double()
+    mask = reference.scatter(ones, index, support.out_features, support.in_features)
+    scattered = reference.scatter(blocks, index, support.out_features, support.in_features)
+    torch.testing.assert_close(scattered, (a.mT @ x) * mask)
+
+
+def test_an_absent_index_means_every_block() -> None:
+    support = dense_support(40, 70, 16)
+    blocks, u, v = compact(support, 16)
+    x = torch.randn(3, 70).double()
+    with_index = torch.ops.pixelfly.linear(x, blocks, u, v, ops.support_index(support), 40, False)[0]
+    torch.testing.assert_close(torch.ops.pixelfly.linear(x, blocks, u, v, None, 40, False)[0], with_index)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [0, 16])
+def test_opcheck(transposed: bool, rank: int) -> None:
+    support = UNBALANCED
+    blocks, u, v = compact(support, rank, torch.float32)
+    features, k = (support.in_features, support.out_features) if transposed else (support.out_features, support.in_features)
+    if transposed:
+        u, v = v, u
+    tensors = [t.requires_grad_() if t is not None else None for t in (torch.randn(4, k), blocks, u, v)]
+    index = ops.support_index(support)
+    torch.library.opcheck(torch.ops.pixelfly.linear.default, (*tensors, index, features, transposed))
+    pair = (torch.randn(4, 48, requires_grad=True), torch.randn(4, 64, requires_grad=True))
+    torch.library.opcheck(torch.ops.pixelfly.block_grad.default, (*pair, index, 16, 16))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_first_and_second_derivatives(rank: int) -> None:
+    support = Support(5, 6, 2, crow=(0, 2, 2, 4), col=(0, 2, 1, 2))
+    blocks, u, v = compact(support, rank)
+    x, gamma, bias = torch.randn(3, 6).double(), torch.tensor(0.7).double(), torch.randn(5).double()
+    inputs = [t.requires_grad_() for t in (x, blocks, u, v, gamma, bias) if t is not None]
+
+    def function(x: Tensor, blocks: Tensor, *rest: Tensor) -> Tensor:
+        *factors, gamma, bias = rest
+        u, v = factors or (None, None)
+        return ops.linear(x, blocks, u, v, support, gamma=gamma, bias=bias)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=False)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_gradient_through_the_lowrank_intermediate() -> None:
+    support = flat_butterfly(32, 32, 16, 0)
+    blocks, u, v = compact(support, 16)
+    tensors = [t.requires_grad_() for t in (torch.randn(3, 32).double(), blocks, u, v)]
+    index = ops.support_index(support)
+    assert torch.autograd.gradcheck(lambda *a: torch.ops.pixelfly.linear(*a, index, 32, False), tensors, fast_mode=True)
+
+
+def test_autocast_runs_in_the_autocast_dtype_and_mixed_dtypes_are_an_error() -> None:
+    support = flat_butterfly(32, 32, 16, 0)
+    blocks, u, v = compact(support, 16, torch.float32)
+    x = torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(x, blocks, u, v, support).dtype == torch.bfloat16
+    with torch.device("meta"), pytest.raises(RuntimeError, match="x is torch.bfloat16 but blocks is torch.float32"):
+        torch.ops.pixelfly.linear(x.bfloat16().to("meta"), blocks.to("meta"), None, None, None, 32, False)
+
+
+def test_nan_and_inf_reach_the_outputs_they_touch() -> None:
+    support = flat_butterfly(64, 64, 16, 1)
+    blocks, u, v = compact(support, 0, torch.float32)
+    x = torch.randn(3, 64)
+    x[1, 5] = float("nan")
+    y = ops.linear(x, blocks, u, v, support)
+    assert torch.isnan(y[1]).any() and torch.isfinite(y[[0, 2]]).all()
