@@ -247,7 +247,7 @@ def check(case: Case, runner: Runner) -> float:
 
 
 def worst_error(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest relative error. A gradient far below the others' mean norm is all rounding: a tenth of that counts."""
+    """The largest relative error; for a gradient far below the mean norm, all rounding, relative to a tenth of that."""
     norms = torch.stack([e.double().norm() for e in exact[1:]]) if len(exact) > 1 else torch.zeros(1)
     floor = 0.1 * float(norms.mean())
     errors = [relative_error(values[0], exact[0])]
