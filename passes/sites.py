@@ -422,6 +422,7 @@ def _site_of_weight(gm: GraphModule, node: Node, weight: torch.Tensor, name: str
     if reason is None and len(orientations) == 2:
         reason = "the weight is used in both orientations (W and its transpose)"
     out_features, in_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    shared = len(uses) > len(matches) + len(others)
     site = Site(
         name=name,
         weight_shape=shape,
@@ -434,11 +435,23 @@ def _site_of_weight(gm: GraphModule, node: Node, weight: torch.Tensor, name: str
         dtype=_dtype_name(matches[0].dtype),
         device=str(weight.device),
         uses=len(matches),
-        shared=len(uses) > len(matches) + len(others),
+        shared=shared,
+        aliases=_names_at_use(name, matches) if shared else (),
         reason=reason,
         nodes=tuple(match.node.name for match in matches),
     )
     return site, matches
+
+
+def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
+    """What the modules that multiply with a tied weight call it: `lm_head.weight` for `wte.weight`."""
+    names: dict[str, None] = {}
+    for match in matches:
+        stack = list((match.node.meta.get("nn_module_stack") or {}).values())
+        if stack:
+            root, module = qualified_name(stack[-1][0])
+            names[("" if module == root else f"{module}.") + name.rpartition(".")[2]] = None
+    return tuple(other for other in names if other != name)
 
 
 def _stored_in_out(match: Match, uses: Sequence[_Use]) -> bool:

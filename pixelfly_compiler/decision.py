@@ -20,7 +20,7 @@ REPLAN = "make a plan for this model with pixelfly_compiler.plan(model, args)"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the plan says of one weight. `rows` is 0 for a parameter that no matmul uses: it is not in the budget."""
+    """What the plan says of one weight. One that no matmul uses has no role, and is not in the budget."""
 
     name: str
     weight_shape: tuple[int, ...]
@@ -36,6 +36,10 @@ class Entry:
     config: SiteConfig | None = None
     reason: str | None = None
     speedup: float | None = None
+
+    @property
+    def is_site(self) -> bool:
+        return bool(self.role)
 
     @property
     def kept(self) -> int:

@@ -211,7 +211,7 @@ def _kept_flops(site: Site, config: SiteConfig | None) -> float:
     if config is not None:
         kept = kept_elements(site.out_features, site.in_features, config.block, config.strides)
         kept += config.rank * (site.out_features + site.in_features)
-    return 2.0 * max(site.rows, 1) * kept
+    return 2.0 * max(site.rows, 1) * max(kept, 1)  # an empty weight costs next to nothing, and never divides by zero
 
 
 def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, device: Device, training: bool) -> Entry:

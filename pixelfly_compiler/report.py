@@ -46,7 +46,7 @@ def table(plan: Plan) -> Table:
 def fold(entries: Iterable[Entry]) -> list[list[Entry]]:
     """Entries that share role, shape, rows and decision, in order; those that no matmul uses come last."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
-    for entry in sorted(entries, key=lambda entry: not entry.rows):
+    for entry in sorted(entries, key=lambda entry: not entry.is_site):
         key = (entry.role or entry.name, entry.weight_shape, entry.rows, entry.config, entry.reason)
         groups.setdefault(key, []).append(entry)
     return list(groups.values())
@@ -56,7 +56,7 @@ def _row(entries: Sequence[Entry]) -> list[str]:
     first = entries[0]
     name = _common_name([entry.name for entry in entries])
     names = f"{name} (= {', '.join(first.aliases)})" if first.aliases and len(entries) == 1 else name
-    if not first.rows:
+    if not first.is_site:
         return [names, "", " x ".join(map(str, first.weight_shape)), "", f"not a site: {first.reason}", "", ""]
     rows = first.rows_expr if first.rows_expr.isdigit() else f"{first.rows_expr} ({first.rows})"
     shape = f"{first.out_features} x {first.in_features}"
@@ -73,7 +73,7 @@ def _common_name(names: Sequence[str]) -> str:
 
 def summary(plan: Plan) -> list[str]:
     """The totals, then the notes."""
-    sites = [entry for entry in plan.entries if entry.rows]
+    sites = [entry for entry in plan.entries if entry.is_site]
     lines = [
         f"{len(plan.sparse)} of {len(sites)} sites sparse; {plan.kept:.1%} of their dense compute kept "
         f"(budget {plan.budget:.1%}, {plan.allocator}); matmuls predicted {predicted_speedup(sites):.1f}x faster"

@@ -158,6 +158,14 @@ def test_dense_sites_have_reasons_and_count_in_full() -> None:
     assert "cannot be met" in made.notes[0]
 
 
+def test_no_rows_and_empty_weights_do_no_harm() -> None:
+    empty = site(32, 0, name="e", reason="the weight is empty")
+    made = planned(site(768, 768, rows=0), empty)
+    assert made["w"].config is not None
+    assert "not a site" not in str(made)
+    assert planned(empty).kept == 0
+
+
 def test_force_overrides_the_prediction_and_not_the_user() -> None:
     slow = site(768, 768, dtype="float64")
     assert planned(slow, force=True)["w"].config is not None

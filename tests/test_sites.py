@@ -165,6 +165,7 @@ def test_a_tied_head_is_a_site_and_its_lookup_is_not() -> None:
 
     (found,) = found_in(Tied(), torch.arange(6))
     assert [(site.name, site.shared, site.reason) for site in found.sites] == [("emb.weight", True, None)]
+    assert found.sites[0].aliases == ("head.weight",)
     assert [(item.name, item.lookup) for item in found.skipped] == [("pos.weight", True)]
 
 
