@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,11 +39,17 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     token = _records.set(records)
     try:
         with _unchanged(model), torch.no_grad():
-            torch.compile(model, backend=_recording_backend)(*args, **(kwargs or {}))
+            torch.compile(model, backend=_recording_backend, **_apart())(*args, **(kwargs or {}))
     finally:
         _records.reset(token)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     return _with_aliases(merge(found), aliases(model))
+
+
+def _apart() -> dict[str, Any]:
+    """From torch 2.13 on, what is compiled here need not count towards the recompilations the user's code may have."""
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if known else {}
 
 
 @contextmanager
@@ -52,7 +59,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    with torch.random.fork_rng(devices=devices), _forgotten_shapes():
+    limits = {"recompile_limit": 1_000_000, "accumulated_recompile_limit": 1_000_000}
+    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(limits), _forgotten_shapes():
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,16 @@ def test_a_plan_leaves_dynamo_free_to_specialise() -> None:
 
     torch.compile(model, backend=backend)(torch.randn(32, 128))
     assert shapes == []
+
+
+def test_plans_do_not_run_into_the_recompile_limit_nor_use_it_up() -> None:
+    """All these models run the same code object."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for layers in (1, 2, 3, 4):
+            assert len(small_plan(Mlp(128, layers))) == 2 * layers
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            torch.compile(Mlp(), backend="eager")(torch.randn(2, 128))
 
 
 def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
