@@ -61,6 +61,11 @@ class PixelflyCppTemplate(CppTemplate):
         header = kernel.def_kernel(inputs=inputs, outputs={"Y": state["Y"]}, aliases=state["aliases"])
         return f'extern "C" {header}'
 
+    def local_buffer(self, kernel: CppTemplateKernel, name: str, sizes: list[int]) -> ir.Buffer:
+        """An fp32 buffer that the template declares itself."""
+        layout = ir.FixedLayout(torch.device("cpu"), torch.float32, [sympy.Integer(size) for size in sizes])
+        return kernel.local_buffers.setdefault(name, ir.Buffer(name=name, layout=layout))
+
     def render(  # type: ignore[override]
         self,
         kernel: CppTemplateKernel,
