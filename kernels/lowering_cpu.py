@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
 _ROW_TILE = 48  # rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1
+# A packed panel of x, in bytes per strip of rows: longer ones fall out of the L2 cache, whose sets rows a power of two apart share.
+_PANEL_BYTES = 8192
 
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined
@@ -259,7 +261,7 @@ def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out
         "lda": inputs["A"].get_stride()[0],
         "ldx": inputs["X"].get_stride()[0],
         "dense": index is None,
-        "panel": 256,
+        "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
         "chunk": min(8, nnz),
     }
     flat = _call("block_grad", inputs, [nnz * b_out, b_in], params)
