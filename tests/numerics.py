@@ -14,7 +14,8 @@ def to_double(value: Any) -> Any:
 
 def error(value: Tensor, exact: Tensor) -> float:
     """Frobenius norm of the difference relative to the exact result; NaN where they disagree about NaN."""
-    return (torch.linalg.norm(value.double() - exact.double()) / torch.linalg.norm(exact.double()).clamp_min(1e-30)).item()
+    exact = exact.double()
+    return (torch.linalg.norm(value.double() - exact) / torch.linalg.norm(exact).clamp_min(1e-30)).item()
 
 
 def assert_as_good_as(ours: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0) -> None:
