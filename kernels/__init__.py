@@ -17,5 +17,7 @@ if __name__ == "kernels":  # the repository's root is on sys.path: our modules a
 
         def __getattr__(name: str) -> object:
             if name == "__path__":  # `import kernels.ops`, `from kernels import ops`
-                raise ImportError("import pixelfly_compiler.kernels, not kernels: it would register the operators twice")
+                raise ImportError(
+                    "import pixelfly_compiler.kernels, not kernels: it would register the operators twice"
+                )
             raise AttributeError(f"module 'kernels' has no attribute {name!r}")

@@ -143,9 +143,7 @@ def project_fixed(
 
 
 @_without_autocast
-def project_adjoint(
-    g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor
-) -> Tensor:
+def project_adjoint(g_blocks: Tensor, g_u: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """The adjoint of `project_fixed`: the gradient of the weight, (out, in), from those of blocks and u.
 
     On the support it is g_blocks; elsewhere h v^T with h = (g_u - g_blocks V_S) (V_N^T V_N)^+.
