@@ -17,38 +17,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.projection_cpu import Projector
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 from pixelfly_compiler.passes.rewrite import CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
-
-
-@dataclass(frozen=True)
-class Projector:
-    """P for all weights of one shape and config: the support and the fixed basis with what belongs to it."""
-
-    support: Support
-    rows: Tensor
-    cols: Tensor
-    v: Tensor
-    gram_inv: Tensor
-
-    @staticmethod
-    @lru_cache(maxsize=512)
-    def of(out_features: int, in_features: int, config: SiteConfig, device: torch.device) -> Projector:
-        support = flat_butterfly(out_features, in_features, config.block, config.strides)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            v = projection.fixed_basis(in_features, config.rank)
-            gram_inv = projection.gram_inverse(support, v).to(device)
-        rows, cols = projection.block_index(support, device)
-        return Projector(support, rows, cols, v.to(device), gram_inv)
-
-    def project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(blocks, u) of a dense weight (out, in), in at least fp32."""
-        return projection.project_fixed(weight, self.v, self.gram_inv, self.rows, self.cols, self.support.block)
-
-    def adjoint(self, g_blocks: Tensor, g_u: Tensor) -> Tensor:
-        """The gradient of the weight from those of (blocks, u)."""
-        return projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, self.rows, self.cols)
 
 
 @lru_cache(maxsize=512)
@@ -95,22 +67,25 @@ class CompactWeights:
 
 @torch.no_grad()
 def _compact(weight: Tensor, key: CompactInput, basis: str) -> Compact:
-    dense = _oriented(weight.detach(), key)
-    projector = _projector(dense, key.config)
-    if basis == "svd" and key.config.rank:
-        blocks, u, v = projection.project_svd(dense, projector.support, key.config.rank)
+    dense, rank = _oriented(weight.detach(), key), key.config.rank
+    if basis == "svd" and rank:
+        blocks, u, v = projection.project_svd(dense, _support(dense, key.config), rank)
         return Compact(*(part.to(key.dtype).contiguous() for part in (blocks, u, v)))
-    blocks, u = projector.project(dense)
-    v = _basis(dense.shape[1], key.config.rank, dense.device, key.dtype)
-    return Compact(blocks.to(key.dtype).contiguous(), u.to(key.dtype).contiguous(), v)
+    blocks, u = _projector(dense, key.config).project(dense, key.dtype)
+    return Compact(blocks, u, _basis(dense.shape[1], rank, dense.device, key.dtype))
 
 
 def _oriented(weight: Tensor, key: CompactInput) -> Tensor:
+    """The weight as (out, in), however it is stored."""
     return weight.t() if key.transposed else weight
 
 
+def _support(dense: Tensor, config: SiteConfig) -> Support:
+    return flat_butterfly(dense.shape[0], dense.shape[1], config.block, config.strides)
+
+
 def _projector(dense: Tensor, config: SiteConfig) -> Projector:
-    return Projector.of(dense.shape[0], dense.shape[1], config, dense.device)
+    return Projector.of(_support(dense, config), config.rank, dense.device)
 
 
 class _Project(torch.autograd.Function):
@@ -118,14 +93,13 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, key: CompactInput, compact: Compact) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        ctx.key, ctx.dtype = key, weight.dtype
-        ctx.projector = _projector(_oriented(weight, key), key.config)
+        ctx.key, ctx.weight = key, weight.detach()
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
     def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        gradient = ctx.projector.adjoint(g_blocks, g_u).to(ctx.dtype)
-        return _oriented(gradient, ctx.key).contiguous(), None, None
+        like = _oriented(ctx.weight, ctx.key)
+        return _oriented(_projector(like, ctx.key.config).adjoint(g_blocks, g_u, like), ctx.key), None, None
 
 
 class CompactInputs:
@@ -140,9 +114,7 @@ class CompactInputs:
         for key in self.added:
             weight = args[key.weight]
             if key.part == "index":
-                out_features, in_features = _oriented(weight, key).shape
-                support = flat_butterfly(out_features, in_features, key.config.block, key.config.strides)
-                inputs.append(support_index(support, weight.device))
+                inputs.append(support_index(_support(_oriented(weight, key), key.config), weight.device))
                 continue
             which = (key.weight, key.transposed, key.dtype)
             if which not in made:

@@ -1,0 +1,104 @@
+"""P and its adjoint as C++ on CPU: what `projection` computes with a dozen tensor operations, in one pass over the weight.
+
+Compiled once per block size, rank and dtypes through Inductor's C++ cache. Where it cannot be compiled or does not apply,
+`Projector` falls back to `projection`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.support import Support
+
+log = logging.getLogger(__name__)
+
+_C_TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
+
+
+@lru_cache(maxsize=256)
+def _library(block: int, rank: int, dense: torch.dtype, part: torch.dtype) -> Any | None:
+    """The compiled functions `project` and `adjoint`; None where this machine cannot compile them."""
+    from torch._inductor.codecache import CppCodeCache  # heavy to import, and only needed here
+
+    source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
+    code = jinja2.Template(source).render(block=block, rank=rank, dense=_C_TYPES[dense], part=_C_TYPES[part])
+    try:
+        return CppCodeCache.load(code)
+    except Exception as cause:  # a missing or failing compiler: any error is one
+        log.warning("pixelfly: the projection runs without its C++ kernel, more slowly: %s", cause)
+        return None
+
+
+@dataclass(frozen=True)
+class Projector:
+    """P for all weights of one support and rank: the fixed basis v (in, r) and what belongs to it."""
+
+    support: Support
+    v: Tensor
+    gram_inv: Tensor
+
+    @staticmethod
+    @lru_cache(maxsize=512)
+    def of(support: Support, rank: int, device: torch.device) -> Projector:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            v = projection.fixed_basis(support.in_features, rank)
+            return Projector(support, v.to(device), projection.gram_inverse(support, v).to(device))
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, Tensor]:
+        return projection.block_index(self.support, self.v.device)
+
+    @cached_property
+    def _padded_v(self) -> tuple[Tensor, Tensor]:
+        """v with zero rows up to a whole block, and its transpose."""
+        padding = -self.support.in_features % self.support.block
+        v = torch.nn.functional.pad(self.v, (0, 0, 0, padding))
+        return v.contiguous(), v.t().contiguous()
+
+    def project(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(blocks, u) in `dtype` of a dense weight (out, in), computed in at least fp32."""
+        library = self._native(weight, dtype)
+        if library is None:
+            rows, cols = self._index
+            blocks, u = projection.project_fixed(weight, self.v, self.gram_inv, rows, cols, self.support.block)
+            return blocks.to(dtype).contiguous(), u.to(dtype).contiguous()
+        block = self.support.block
+        blocks = torch.empty(self.support.nnz, block, block, dtype=dtype)
+        u = torch.empty(self.support.out_features, self.v.shape[1], dtype=dtype)
+        self._run(library.project, weight, blocks, u)
+        return blocks, u
+
+    def adjoint(self, g_blocks: Tensor, g_u: Tensor, like: Tensor) -> Tensor:
+        """The gradient of the weight, (out, in) with the dtype and strides of `like`, from those of (blocks, u)."""
+        library = self._native(like, g_blocks.dtype) if g_blocks.dtype == g_u.dtype else None
+        if library is None:
+            gradient = projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, *self._index)
+            return torch.empty_like(like).copy_(gradient)
+        gradient = torch.empty_like(like)
+        self._run(library.adjoint, gradient, g_blocks.contiguous(), g_u.contiguous())
+        return gradient
+
+    def _native(self, weight: Tensor, part: torch.dtype) -> Any | None:
+        rank = self.v.shape[1]
+        fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride() and weight.device.type == "cpu"
+        if not fits or rank == 0 or rank % 16 or self.support.block % 16:
+            return None
+        return _library(self.support.block, rank, weight.dtype, part)
+
+    def _run(self, function: Any, dense: Tensor, blocks: Tensor, u: Tensor) -> None:
+        index = support_index(self.support, dense.device)
+        tensors = (index, *self._padded_v, self.gram_inv, dense, blocks, u)
+        sizes = (self.support.out_features, self.support.in_features, *dense.stride())
+        arguments = [*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)]
+        function(*arguments, ctypes.c_int(torch.get_num_threads()))

@@ -1,0 +1,63 @@
+"""P and its adjoint in C++ against the plain PyTorch ones: dtypes, tails, weights stored either way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import error
+
+from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.kernels.projection_cpu import Projector
+from pixelfly_compiler.kernels.support import Support, dense_support, flat_butterfly
+
+UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("support", [flat_butterfly(128, 192, 32, 1), UNEVEN, dense_support(64, 64, 32)])
+@pytest.mark.parametrize("stored_in_out", [False, True])
+@pytest.mark.parametrize(("dense", "part"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
+def test_native_equals_plain(support: Support, stored_in_out: bool, dense: torch.dtype, part: torch.dtype) -> None:
+    projector = Projector.of(support, 16, CPU)
+    weight = torch.randn(support.out_features, support.in_features).to(dense)
+    weight = weight.t().contiguous().t() if stored_in_out else weight
+    assert projector._native(weight, part) is not None
+    rows, cols = projection.block_index(support)
+    tolerance = 4 * torch.finfo(part).eps
+
+    blocks, u = projector.project(weight, part)
+    plain = projection.project_fixed(weight.double(), projector.v, projector.gram_inv, rows, cols, support.block)
+    assert error(blocks, plain[0]) < tolerance and (u - plain[1]).abs().max() < tolerance * max(plain[1].abs().max(), 1)
+
+    g_blocks = projection.gather_blocks(torch.randn(weight.shape), rows, cols, support.block).to(part)
+    g_u = torch.randn(support.out_features, 16).to(part)
+    gradient = projector.adjoint(g_blocks, g_u, weight)
+    exact = projection.project_adjoint(g_blocks.double(), g_u.double(), projector.v, projector.gram_inv, rows, cols)
+    assert gradient.stride() == weight.stride() and gradient.dtype == dense
+    assert error(gradient, exact) < 4 * max(torch.finfo(dense).eps, torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float64, 16), (torch.float32, 0), (torch.float32, 5)])
+def test_what_has_no_kernel_runs_the_plain_version(dtype: torch.dtype, rank: int) -> None:
+    projector = Projector.of(flat_butterfly(64, 96, 16, 1), rank, CPU)
+    weight = torch.randn(64, 96, dtype=dtype)
+    assert projector._native(weight, dtype) is None
+    blocks, u = projector.project(weight, dtype)
+    assert projector.adjoint(blocks, u, weight).shape == weight.shape
+
+
+def test_without_a_compiler_the_plain_version_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from torch._inductor.codecache import CppCodeCache
+
+    from pixelfly_compiler.kernels import projection_cpu
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(CppCodeCache, "load", broken)
+    projection_cpu._library.cache_clear()
+    projector = Projector.of(flat_butterfly(64, 96, 16, 1), 16, CPU)
+    blocks, u = projector.project(torch.randn(64, 96), torch.float32)
+    assert blocks.isfinite().all() and u.isfinite().all()
+    assert "no compiler here" in caplog.text
+    projection_cpu._library.cache_clear()
