@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,3 +130,10 @@ import kernels, {PACKAGE}.kernels.ops
 print(get_kernel, layer, kernels.__version__)
 """
     assert output(code, ROOT, tmp_path) == "theirs theirs too 1.0"
+
+
+def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        output(block, cwd=tmp_path)
