@@ -1,4 +1,4 @@
-"""The `pixelfly::` operators: their contract, shapes, autograd and autocast. Torch only; no compiler, no plan, no budget.
+"""The `pixelfly::` operators: contract, shapes, autograd and autocast. Torch only; no compiler, no plan, no budget.
 
 A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
 
@@ -114,9 +114,10 @@ def linear(
     gamma: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = x W^T + bias for x (..., in), with W = scatter(blocks) + u v^T, or gamma * scatter(blocks) + (1 - gamma) u v^T.
+    """y = x W^T + bias for x (..., in), with W = scatter(blocks) + u v^T.
 
-    gamma is the learnable scalar of the paper (section 3.3): being a scalar it folds into the compact weight.
+    With gamma, the paper's learnable scalar (section 3.3), W = gamma * scatter(blocks) + (1 - gamma) u v^T: being a
+    scalar it folds into the compact weight.
     """
     if gamma is not None:
         blocks = gamma * blocks

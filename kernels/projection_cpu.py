@@ -1,7 +1,7 @@
-"""P and its adjoint as C++ on CPU: what `projection` computes with a dozen tensor operations, in one pass over the weight.
+"""P and its adjoint as C++ on CPU: what `projection` does in a dozen tensor operations, in one pass over the weight.
 
-Compiled once per block size, rank and dtypes through Inductor's C++ cache. Where it cannot be compiled or does not apply,
-`Projector` falls back to `projection`.
+Compiled once per block size, rank and dtypes through Inductor's C++ cache. Where it cannot be compiled or does not
+apply, `Projector` falls back to `projection`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class SupportIndex:
     """The layout of a support's index, one int32 tensor of six parts one behind the other:
 
     crow (block_rows + 1), col (nnz), row (nnz)            the blocks by rows: CSR, and the row of each
-    crow_t (block_cols + 1), col_t (nnz), slot_t (nnz)     the transposed support, and where its blocks stand in CSR order
+    crow_t (block_cols + 1), col_t (nnz), slot_t (nnz)     the transposed support, and the CSR place of its blocks
     """
 
     block_rows: int

@@ -1,8 +1,8 @@
 """Compact forms of a model's dense weights, made at the boundary of a compiled graph and kept while they are valid.
 
-A weight's compact form is computed once per version of the weight: after an optimizer step, `load_state_dict` or any other
-in-place change it is made again. The cache holds weights weakly and lives as long as they do. In training the projection
-is differentiable: gradients of (blocks, u) become the gradient of the dense weight through P's adjoint.
+A weight's compact form is computed once per version of the weight: after an optimizer step, `load_state_dict` or any
+other in-place change it is made again. The cache holds weights weakly and lives as long as they do. In training the
+projection is differentiable: gradients of (blocks, u) become the gradient of the dense weight through P's adjoint.
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class _Project(torch.autograd.Function):
     """The cached (blocks, u) of a weight, as a differentiable function of it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, key: CompactInput, compact: Compact) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, key: CompactInput, compact: Compact) -> tuple[Tensor, Tensor]:
         ctx.key, ctx.weight = key, weight.detach()
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
-    def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:
         like = _oriented(ctx.weight, ctx.key)
         return _oriented(_projector(like, ctx.key.config).adjoint(g_blocks, g_u, like), ctx.key), None, None
 

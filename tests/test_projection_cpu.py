@@ -16,7 +16,10 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("support", [flat_butterfly(128, 192, 32, 1), UNEVEN, dense_support(64, 64, 32)])
 @pytest.mark.parametrize("stored_in_out", [False, True])
-@pytest.mark.parametrize(("dense", "part"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2])
+@pytest.mark.parametrize(
+    ("dense", "part"),
+    [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+)
 def test_native_equals_plain(support: Support, stored_in_out: bool, dense: torch.dtype, part: torch.dtype) -> None:
     projector = Projector.of(support, 16, CPU)
     weight = torch.randn(support.out_features, support.in_features).to(dense)
@@ -46,7 +49,9 @@ def test_what_has_no_kernel_runs_the_plain_version(dtype: torch.dtype, rank: int
     assert projector.adjoint(blocks, u, weight).shape == weight.shape
 
 
-def test_without_a_compiler_the_plain_version_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_the_plain_version_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from torch._inductor.codecache import CppCodeCache
 
     from pixelfly_compiler.kernels import projection_cpu
