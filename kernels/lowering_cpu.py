@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch._inductor import config as inductor_config
 from torch._inductor import ir
+
 # Before the templates: Inductor's own import order, another one is circular.
 from torch._inductor.lowering import fallback_handler, register_lowering  # isort: skip
 from torch._inductor.lowering import lowerings as L  # isort: skip
@@ -31,14 +32,13 @@ from torch._inductor.ir import FixedLayout, IRNode, TensorBox
 from torch._inductor.utils import parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
 
-from pixelfly_compiler.kernels.reference import SupportIndex
-
 log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
 _ROW_TILE = 48  # rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1
-# A packed panel of x, in bytes per strip of rows: longer ones fall out of the L2 cache, whose sets rows a power of two apart share.
+# A packed panel of x, in bytes per strip of rows: longer ones fall out of the L2 cache, where rows a power of two apart
+# share sets.
 _PANEL_BYTES = 8192
 
 _templates = jinja2.Environment(
@@ -47,7 +47,7 @@ _templates = jinja2.Environment(
 
 
 class PixelflyCppTemplate(CppTemplate):
-    """A template whose output is a 2d buffer, computed tile by tile in local fp32 accumulators, then Inductor's epilogue."""
+    """A template whose output is a 2d buffer: tile by tile in local fp32 accumulators, then Inductor's epilogue."""
 
     def __init__(self, name: str, inputs: dict[str, IRNode], layout: FixedLayout, params: dict[str, Any]) -> None:
         self.named = {key: ir.InputsKernel.unwrap_storage_for_input(node) for key, node in inputs.items()}
@@ -149,7 +149,7 @@ def _call(name: str, inputs: dict[str, Any], size: list[Any], params: dict[str, 
 
 
 def _row_major(x: TensorBox) -> TensorBox:
-    """x (rows, columns) in memory with neighbouring columns and a static leading dimension; a copy only where needed."""
+    """x (rows, columns) in memory with neighbouring columns and a static leading dimension; copied only if needed."""
     x = ir.ExternKernel.realize_input(x)
     if isinstance(x.get_layout(), ir.FlexibleLayout):
         x.freeze_layout()
@@ -192,7 +192,8 @@ def _lower_linear(
         )
     if index is not None:
         inputs["INDEX"] = _contiguous(index)
-    y = _call("linear", inputs, [rows, features], _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None))
+    params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
+    y = _call("linear", inputs, [rows, features], params)
     view = L[torch.ops.aten.view]
     return view(y, [*lead, features]), view(t, [*lead, rank])
 
@@ -202,7 +203,8 @@ def _linear_params(
 ) -> dict[str, Any]:
     rows, k = x.get_size()
     block_k, block_n = (b_out, b_in) if transposed else (b_in, b_out)
-    out_blocks, in_blocks = (math.ceil(size / b) for size, b in (((k, b_out), (features, b_in)) if transposed else ((features, b_out), (k, b_in))))
+    out_features, in_features = (k, features) if transposed else (features, k)
+    out_blocks, in_blocks = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     crow_t = out_blocks + 1 + 2 * nnz
     few = not transposed and block_k % 32 == 0 and rank % 32 == 0 and x.get_dtype() != torch.float16
     static_rows = isinstance(rows, (int, sympy.Integer))
@@ -241,7 +243,7 @@ def _lowrank_in(x: TensorBox, v: TensorBox) -> TensorBox:
 
 
 def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: int, b_in: int) -> TensorBox:
-    rows, out_features = a.get_size()
+    out_features = a.get_size()[1]
     in_features = x.get_size()[1]
     index_size = None if index is None else index.get_size()[0]
     supported = x.get_dtype() in _DTYPES and _static(out_features, in_features) and x.get_device().type == "cpu"
@@ -272,7 +274,7 @@ def _fallback(op: Any) -> Callable[..., Any]:
     return fallback_handler(op, add_to_fallback_set=False)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def register() -> None:
     """Register the lowerings with Inductor; once per process."""
     register_lowering(torch.ops.pixelfly.linear.default, type_promotion_kind=None)(_lower_linear)
