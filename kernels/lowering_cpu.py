@@ -206,7 +206,7 @@ def _linear_params(
     out_features, in_features = (k, features) if transposed else (features, k)
     out_blocks, in_blocks = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     crow_t = out_blocks + 1 + 2 * nnz
-    few = not transposed and block_k % 32 == 0 and rank % 32 == 0 and x.get_dtype() != torch.float16
+    few = not transposed and x.get_dtype() != torch.float16
     static_rows = isinstance(rows, (int, sympy.Integer))
     few_rows = _FEW_ROWS if few and not (static_rows and rows > _FEW_ROWS) else 0
     if static_rows and few_rows:

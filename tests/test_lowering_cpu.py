@@ -75,9 +75,9 @@ def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 7])
-def test_few_rows_take_the_dot_product_path(dtype: torch.dtype, rows: int) -> None:
-    args = operands(UNEVEN, rows, 32, dtype, False)
+@pytest.mark.parametrize(("rows", "rank"), [(1, 32), (7, 48)])
+def test_few_rows_take_the_dot_product_path(dtype: torch.dtype, rows: int, rank: int) -> None:
+    args = operands(UNEVEN, rows, rank, dtype, False)
     code = check(lambda *a: torch.ops.pixelfly.linear(*a, UNEVEN.out_features, False)[:1], args, kernels=2)
     assert "dot_rows" in code
 
