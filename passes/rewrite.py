@@ -1,12 +1,12 @@
 """Rewrite a Dynamo graph: every planned matmul becomes `pixelfly::linear` on a compact weight that is an input.
 
-    def forward(self, x, weight, bias):                     def forward(self, x, bias, blocks, u, v, index):
-        y = F.linear(x, weight, bias)             -->           y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
-        return (y,)                                             return (y + bias.to(y.dtype),)
+    def forward(self, x, weight, bias):               def forward(self, x, bias, blocks, u, v, index):
+        y = F.linear(x, weight, bias)         -->         y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
+        return (y,)                                       return (y + bias.to(torch.float32),)
 
-The dense weight leaves the graph where nothing else uses it. The compact tensors are inputs and not constants, since the
-same code may run with other weights of the same shape. The graph's new nodes carry no fake values: AOTAutograd, which
-runs next, traces the graph anew.
+The dense weight leaves the graph where nothing else uses it. The compact tensors are inputs and not constants, since
+the same code may run with other weights of the same shape. The graph's new nodes carry no fake values: AOTAutograd,
+which runs next, traces the graph anew.
 """
 
 from __future__ import annotations
@@ -70,6 +70,9 @@ def rewrite(
     return Rewritten(kept, tuple(inputs.added), len(planned))
 
 
+_KEPT_META = ("example_value", "stack_trace", "nn_module_stack")
+
+
 def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
     graph, node = match.module.graph, match.node
     blocks, index = (inputs.get(part, match, config) for part in ("blocks", "index"))
@@ -80,9 +83,7 @@ def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
     with graph.inserting_before(node):
         if left:
             x = graph.call_function(torch.transpose, (x, -1, -2))
-        pair = graph.call_function(
-            torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, out_features, False)
-        )
+        pair = graph.call_function(torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, out_features, False))
         y = graph.call_function(operator.getitem, (pair, 0))
         if left:
             y = graph.call_function(torch.transpose, (y, -1, -2))
@@ -90,7 +91,7 @@ def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
             if term is not None:
                 cast = graph.call_method("to", (term, match.dtype))
                 y = graph.call_function(operator.add, (y, cast))
-    y.meta.update({key: value for key, value in node.meta.items() if key in ("example_value", "stack_trace", "nn_module_stack")})
+    y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
 
@@ -132,7 +133,7 @@ class _Inputs:
             last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
             with module.graph.inserting_after(last):
                 node = module.graph.placeholder(name)
-            node._dynamo_source = None  # type: ignore[attr-defined] - AOTAutograd asks every placeholder for it
+            node._dynamo_source = None  # AOTAutograd asks every placeholder for it
             if module is self.gm:
                 self.added.append(key)
             else:
@@ -152,9 +153,12 @@ class _Inputs:
 def _caller(gm: GraphModule, body: GraphModule) -> tuple[GraphModule, Node]:
     """The module and the node, somewhere in `gm`, that run `body` as a checkpoint."""
     for module in gm.modules():
-        if isinstance(module, GraphModule):
-            for node in module.graph.nodes:
-                argument = node.args[0] if node.op == "call_function" and node.args else None
-                if isinstance(argument, Node) and argument.op == "get_attr" and getattr(module, str(argument.target), None) is body:
-                    return module, node
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            attribute = node.args[0] if node.op == "call_function" and node.args else None
+            if not isinstance(attribute, Node) or attribute.op != "get_attr":
+                continue
+            if getattr(module, str(attribute.target), None) is body:
+                return module, node
     raise LookupError("a checkpoint's body without a caller")

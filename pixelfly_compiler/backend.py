@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._logging import trace_structured
-from torch.fx import Graph, GraphModule
+from torch._logging._internal import trace_structured
+from torch.fx import GraphModule
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
@@ -24,9 +27,9 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, find_sites, parameter_names, placeholders
+from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names, placeholders
 from pixelfly_compiler.plan import make_plan
-from pixelfly_compiler.report import announce
+from pixelfly_compiler.report import announcer
 
 log = logging.getLogger("pixelfly_compiler")
 
@@ -42,23 +45,23 @@ def pixelfly(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a Dynamo graph with its planned matmuls made sparse; see `Config` for the options, Inductor's pass through."""
+    """Compile a Dynamo graph with its planned matmuls made sparse. `options`: those of `Config`, and Inductor's own."""
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
+    whole = _is_whole_model(gm)
     gm = _own_copy(gm)
     names = parameter_names(gm, example_inputs)
-    found = find_sites(gm, example_inputs, names)
+    found = _dense_without_kernels(find_sites(gm, example_inputs, names))
     weights = _weight_positions(gm, names)
     plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
     configs = _configs(found, plan)
     if not configs:
-        announce(plan, found, {})
-        return _inductor(gm, example_inputs, patches)
+        return announcer.watch(_inductor(gm, example_inputs, patches), plan, whole)
     _check_basis(plan, [example_inputs[weights[name]] for name in configs])
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _trace(plan)
-    announce(plan, found, {name: example_inputs[weights[name]] for name in configs})
+    announcer.sparse(plan, found, {name: example_inputs[weights[name]] for name in configs}, whole)
     inputs = [*(example_inputs[position] for position in rewritten.kept), *_examples(compact(tuple(example_inputs)))]
     compiled = _inductor(gm, inputs, patches)
 
@@ -72,6 +75,7 @@ def _reset() -> None:
     """Called by `torch._dynamo.reset()`: forget every compact weight and every decision."""
     _weights.clear()
     _decided.clear()
+    announcer.clear()
 
 
 pixelfly.reset = _reset  # type: ignore[attr-defined]
@@ -79,15 +83,36 @@ pixelfly.reset = _reset  # type: ignore[attr-defined]
 
 def _own_copy(gm: GraphModule) -> GraphModule:
     """A copy of the graph to rewrite: Dynamo still reads its own graph after the backend returns."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, val_map := {}))
-    copy = GraphModule(gm, graph)
-    copy.meta = dict(gm.meta)
+    own = _copy_of_graph(gm)
     if hasattr(gm, "_param_name_to_source"):
-        copy._param_name_to_source = gm._param_name_to_source
-    for node in placeholders(gm):
-        val_map[node]._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
-    return copy
+        own._param_name_to_source = gm._param_name_to_source
+    for node, original in zip(placeholders(own), placeholders(gm), strict=True):
+        node._dynamo_source = getattr(original, "_dynamo_source", None)
+    return own
+
+
+def _copy_of_graph(gm: GraphModule) -> GraphModule:
+    """A new graph over the same tensors and submodules."""
+    own = GraphModule(gm, copy.deepcopy(gm.graph))
+    own.meta = dict(gm.meta)
+    return own
+
+
+def _is_whole_model(gm: GraphModule) -> bool:
+    """Is this graph all of what `torch.compile` was called on? After a graph break it is only a piece.
+
+    Where Dynamo gives up on a function it compiles the functions called in it: they are pieces too. Then there is
+    a function of the model's own on the stack, between the entrance of the compiled model and us.
+    """
+    if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
+        return False
+    torch_folder = str(Path(torch.__file__).parent)
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        if not frame.f_code.co_filename.startswith(torch_folder):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
 
 
 def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...]) -> list[Any]:
@@ -95,7 +120,7 @@ def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...])
 
 
 def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The compact inputs as AOTAutograd is to see them: leaves of static shape, whatever Dynamo thinks of dynamic sizes."""
+    """The compact inputs as AOTAutograd is to see them: leaves of static shape, also where Dynamo's are dynamic."""
     context = torch._guards.TracingContext.try_get()
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
     if context is None or context.fake_mode is None:
@@ -106,6 +131,17 @@ def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
     """Parameter name -> position among the graph's inputs."""
     return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
+
+
+def _dense_without_kernels(found: Found) -> Found:
+    """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
+    sites = tuple(
+        replace(site, reason=f"no kernels for device {site.device!r} yet")
+        if site.reason is None and torch.device(site.device).type != "cpu"
+        else site
+        for site in found.sites
+    )
+    return replace(found, sites=sites)
 
 
 def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
@@ -124,9 +160,9 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     return plan
 
 
-def _configs(found: Found, plan: Plan) -> dict[str, Any]:
+def _configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
     """Site name -> config, for the sites of this graph that the plan makes sparse."""
-    configs = {}
+    configs: dict[str, SiteConfig] = {}
     for site in found.sites:
         entry = plan.find(site.name, site.weight_shape)
         if entry is not None and entry.config is not None and site.reason is None:
@@ -149,14 +185,54 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
 
 
 def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """Inductor with our lowerings. If a kernel cannot be generated or compiled, the operators' references run instead."""
+    """Inductor with our lowerings."""
     from torch._inductor.compile_fx import compile_fx
 
     from pixelfly_compiler.kernels import lowering_cpu
 
     lowering_cpu.register()
     with _cache_tag():
-        return compile_fx(gm, list(inputs), config_patches=dict(patches))
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile, config_patches=dict(patches))
+    return compiled
+
+
+def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Code for one graph, forward or backward. If a kernel fails to compile, the operators' references run instead.
+
+    Inductor comes here also when it compiles a backward late, at the first `backward()`.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    if not any(getattr(node.target, "namespace", None) == "pixelfly" for node in gm.graph.nodes):
+        return compile_fx_inner(gm, example_inputs, **kwargs)
+    untouched = _copy_of_graph(gm)
+    try:
+        with _cache_tag():
+            return compile_fx_inner(gm, example_inputs, **kwargs)
+    except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
+        raise  # Dynamo's way to ask for another attempt
+    except Exception as cause:
+        code = _with_references(untouched, example_inputs, kwargs)
+        which = "backward" if kwargs.get("is_backward") else "forward"
+        log.warning(
+            "pixelfly: a kernel of the %s graph could not be compiled, so that the slow reference runs: results are "
+            "right, speed is not. Please report it. Cause: %s: %s",
+            which,
+            type(cause).__name__,
+            str(cause)[:2000],
+        )
+        return code
+
+
+def _with_references(gm: GraphModule, example_inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Uncached: the next process is to try the kernels again."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    from pixelfly_compiler.kernels import lowering_cpu
+
+    with lowering_cpu.references_only(), config.patch(fx_graph_cache=False, fx_graph_remote_cache=False):
+        return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
 def _cache_tag() -> AbstractContextManager[Any]:

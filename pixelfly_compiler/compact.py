@@ -1,19 +1,20 @@
 """Compact forms of a model's dense weights, made at the boundary of a compiled graph and kept while they are valid.
 
 A weight's compact form is computed once per version of the weight: after an optimizer step, `load_state_dict` or any
-other in-place change it is made again. The cache holds weights weakly and lives as long as they do. In training the
-projection is differentiable: gradients of (blocks, u) become the gradient of the dense weight through P's adjoint.
+other in-place change it is made again. Writes to `weight.data`, which have no version, are noticed by samples. The
+cache holds weights weakly and lives as long as they do. In training the projection is differentiable: gradients of
+(blocks, u) become the gradient of the dense weight through P's adjoint.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
@@ -37,47 +38,103 @@ class Compact:
     v: Tensor
 
 
+@dataclass(frozen=True)
+class Form:
+    """The form that a graph needs one of its weights in; `weight` is the position among the graph's inputs."""
+
+    weight: int
+    config: SiteConfig
+    transposed: bool
+    dtype: torch.dtype
+    basis: str
+
+    @cached_property
+    def name(self) -> str:
+        """What the form is, whichever the weight: a key that is cheap to look up."""
+        return f"{self.config} {self.transposed} {self.dtype} {self.basis}"
+
+
 @dataclass
 class _Entry:
-    version: int
+    """A compact weight, and what tells whether its weight has changed since."""
+
+    version: int | None
     data_ptr: int
+    sample: Tensor
+    values: list[int]
     compact: Compact
+
+    def is_valid(self, weight: Tensor) -> bool:
+        return (
+            self.version is not None
+            and self.version == weight._version
+            and self.data_ptr == weight.data_ptr()
+            and self.sample.tolist() == self.values
+        )
 
 
 class CompactWeights:
-    """The compact forms of all weights seen so far: weight -> (config, orientation, dtype, basis) -> `Compact`."""
+    """The compact forms of all weights seen so far. It looks up by identity, and does not keep a weight alive."""
 
     def __init__(self) -> None:
-        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._entries: dict[int, tuple[weakref.ref[Tensor], dict[str, _Entry]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
     def clear(self) -> None:
         self._entries.clear()
 
-    def get(self, weight: Tensor, key: CompactInput, basis: str) -> Compact:
+    def get(self, weight: Tensor, form: Form) -> Compact:
         """The compact form of the weight as it is now, without autograd."""
-        entries: dict[Any, _Entry] = self._entries.setdefault(weight, {})
-        name = (key.config, key.transposed, key.dtype, basis)
-        version = None if weight.is_inference() else weight._version
-        entry = entries.get(name)
-        if entry is None or version is None or (entry.version, entry.data_ptr) != (version, weight.data_ptr()):
-            entry = _Entry(-1 if version is None else version, weight.data_ptr(), _compact(weight, key, basis))
-            entries[name] = entry
+        entries = self._of(weight)
+        entry = entries.get(form.name)
+        if entry is None or not entry.is_valid(weight):
+            entry = entries[form.name] = _entry(weight, form)
         return entry.compact
 
+    def _of(self, weight: Tensor) -> dict[str, _Entry]:
+        key = id(weight)
+        known = self._entries.get(key)
+        if known is None or known[0]() is not weight:
 
-@torch.no_grad()
-def _compact(weight: Tensor, key: CompactInput, basis: str) -> Compact:
-    dense, rank = _oriented(weight.detach(), key), key.config.rank
-    if basis == "svd" and rank:
-        blocks, u, v = projection.project_svd(dense, _support(dense, key.config), rank)
-        return Compact(*(part.to(key.dtype).contiguous() for part in (blocks, u, v)))
-    blocks, u = _projector(dense, key.config).project(dense, key.dtype)
-    return Compact(blocks, u, _basis(dense.shape[1], rank, dense.device, key.dtype))
+            def forget(dead: weakref.ref[Tensor]) -> None:
+                if key in self._entries and self._entries[key][0] is dead:
+                    del self._entries[key]
+
+            known = self._entries[key] = (weakref.ref(weight, forget), {})
+        return known[1]
 
 
-def _oriented(weight: Tensor, key: CompactInput) -> Tensor:
+def _entry(weight: Tensor, form: Form) -> _Entry:
+    # Not inference tensors, even in inference mode: training may use them next.
+    with torch.inference_mode(False), torch.no_grad():
+        version = None if weight.is_inference() else weight._version
+        sample = _sample(weight.detach())
+        return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(weight.detach(), form))
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """A few elements, as integers, in the weight's own memory. What is written to `weight.data` leaves no trace in the
+    version, and some optimizers write there: but then hardly any element stays as it is.
+    """
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    rows, columns = (max(size // 3, 1) for size in weight.shape)
+    return weight[::rows, ::columns].view(integer)
+
+
+def _compact(weight: Tensor, form: Form) -> Compact:
+    dense, rank = _oriented(weight, form), form.config.rank
+    if form.basis == "svd" and rank:
+        blocks, u, v = projection.project_svd(dense, _support(dense, form.config), rank)
+        return Compact(*(part.to(form.dtype).contiguous() for part in (blocks, u, v)))
+    blocks, u = _projector(dense, form.config).project(dense, form.dtype)
+    return Compact(blocks, u, _basis(dense.shape[1], rank, dense.device, form.dtype))
+
+
+def _oriented(weight: Tensor, form: Form) -> Tensor:
     """The weight as (out, in), however it is stored."""
-    return weight.t() if key.transposed else weight
+    return weight.t() if form.transposed else weight
 
 
 def _support(dense: Tensor, config: SiteConfig) -> Support:
@@ -92,38 +149,41 @@ class _Project(torch.autograd.Function):
     """The cached (blocks, u) of a weight, as a differentiable function of it."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, key: CompactInput, compact: Compact) -> tuple[Tensor, Tensor]:
-        ctx.key, ctx.weight = key, weight.detach()
+    def forward(ctx: Any, weight: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
+        ctx.form, ctx.weight = form, weight.detach()
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
     def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:
-        like = _oriented(ctx.weight, ctx.key)
-        return _oriented(_projector(like, ctx.key.config).adjoint(g_blocks, g_u, like), ctx.key), None, None
+        like = _oriented(ctx.weight, ctx.form)
+        return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None
 
 
 class CompactInputs:
     """Computes the inputs that the rewritten graph takes beyond the old ones, from the weights of each call."""
 
     def __init__(self, added: tuple[CompactInput, ...], weights: CompactWeights, basis: str) -> None:
-        self.added, self.weights, self.basis = added, weights, basis
+        self.weights = weights
+        forms = [Form(key.weight, key.config, key.transposed, key.dtype, basis) for key in added]
+        self.forms = list(dict.fromkeys(forms))
+        self.parts = [(self.forms.index(form), key.part) for form, key in zip(forms, added, strict=True)]
+        self.indices: dict[int, Tensor] = {}
 
     def __call__(self, args: tuple[Any, ...]) -> list[Tensor]:
-        made: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
-        inputs = []
-        for key in self.added:
-            weight = args[key.weight]
-            if key.part == "index":
-                inputs.append(support_index(_support(_oriented(weight, key), key.config), weight.device))
-                continue
-            which = (key.weight, key.transposed, key.dtype)
-            if which not in made:
-                made[which] = self._parts(weight, key)
-            inputs.append(made[which][("blocks", "u", "v").index(key.part)])
-        return inputs
+        made = [self._parts(args[form.weight], form) for form in self.forms]
+        if not self.indices:
+            self.indices = {i: self._index(args, form) for i, form in enumerate(self.forms)}
+        return [self.indices[i] if part == "index" else made[i][part] for i, part in self.parts]
 
-    def _parts(self, weight: Tensor, key: CompactInput) -> tuple[Tensor, Tensor, Tensor]:
-        compact = self.weights.get(weight, key, self.basis)
+    def _parts(self, weight: Tensor, form: Form) -> dict[str, Tensor]:
+        compact = self.weights.get(weight, form)
+        blocks, u = compact.blocks, compact.u
         if weight.requires_grad and torch.is_grad_enabled():
-            return *_Project.apply(weight, key, compact), compact.v
-        return compact.blocks, compact.u, compact.v
+            blocks, u = _Project.apply(weight, form, compact)
+        return {"blocks": blocks, "u": u, "v": compact.v}
+
+    def _index(self, args: tuple[Any, ...], form: Form) -> Tensor:
+        """The index of the support: the same for every weight that can stand here."""
+        weight = args[form.weight]
+        with torch.inference_mode(False):
+            return support_index(_support(_oriented(weight, form), form.config), weight.device)

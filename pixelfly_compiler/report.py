@@ -1,11 +1,12 @@
-"""A plan as a table for a terminal."""
+"""A plan as a table for a terminal, and what is logged at compile."""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from shutil import get_terminal_size
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -89,28 +90,69 @@ def predicted_speedup(sites: Sequence[Entry]) -> float:
 
 
 log = logging.getLogger("pixelfly_compiler")
-_announced: set[str] = set()
 
 
-def announce(plan: Plan, found: Found, weights: Mapping[str, Tensor]) -> None:
-    """Say once per plan what the compiled model computes: it is not the dense model. `weights` are the sparse ones."""
-    if plan.digest in _announced:
-        return
-    _announced.add(plan.digest)
-    if not weights:
-        log.warning("pixelfly: nothing was made sparse: %s", "; ".join(plan.notes) or "every site is dense, see plan()")
-        return
-    errors = _errors(plan, weights)
-    log.warning(
-        "pixelfly: %d of %d matmul weights run sparse, %.1f%% of the dense compute is kept; their relative weight error "
-        "is %.2f to %.2f. The compiled model computes with projected weights: train or fine-tune it, raise the budget "
-        "(options={'budget': ...}), or exclude weights. pixelfly_compiler.plan(model, args) lists all decisions.",
-        len(weights),
-        len(found.sites),
-        100 * plan.kept,
-        min(errors),
-        max(errors),
-    )
+class Announcer:
+    """Says once per model what its compiled form computes. What it has said is forgotten with `clear`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self._said: set[str] = set()
+        self._sparse = False  # has any graph been made sparse?
+
+    def sparse(self, plan: Plan, found: Found, weights: Mapping[str, Tensor], whole: bool) -> None:
+        """A graph was made sparse; `weights` are the sparse ones. Of a model in pieces the first warns for all."""
+        self._sparse = True
+        if not self._first_time(plan.digest):
+            return
+        level = logging.WARNING if whole or self._first_time("a piece") else logging.INFO
+        errors = _errors(plan, weights)
+        log.log(
+            level,
+            "pixelfly: %d of %d matmul weights%s run sparse, %.1f%% of the dense compute is kept; their relative "
+            "weight error is %.2f to %.2f. The compiled model computes with projected weights: train or fine-tune it, "
+            "raise the budget (options={'budget': ...}), or exclude weights. pixelfly_compiler.plan(model, args) lists "
+            "all decisions.",
+            len(weights),
+            len(found.sites),
+            "" if whole else " in the first graph (Dynamo broke the model into several)",
+            100 * plan.kept,
+            min(errors),
+            max(errors),
+        )
+
+    def watch(self, compiled: Callable[..., Any], plan: Plan, whole: bool) -> Callable[..., Any]:
+        """The code of a graph without anything sparse. That calls for a warning, unless another piece is sparse:
+        a piece of a model waits for its second run, when all others have been compiled.
+        """
+        if whole:
+            self._nothing_sparse(plan)
+            return compiled
+        runs = 0
+
+        def run(*args: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == 2 and not self._sparse:
+                self._nothing_sparse(plan)
+            return compiled(*args)
+
+        return run
+
+    def _nothing_sparse(self, plan: Plan) -> None:
+        if self._first_time("nothing" if not plan.entries else plan.digest):
+            reason = "; ".join(plan.notes) or "every site is dense, pixelfly_compiler.plan(model, args) says why"
+            log.warning("pixelfly: nothing was made sparse: %s", reason)
+
+    def _first_time(self, key: str) -> bool:
+        new = key not in self._said
+        self._said.add(key)
+        return new
+
+
+announcer = Announcer()
 
 
 @torch.no_grad()

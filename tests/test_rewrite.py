@@ -1,0 +1,311 @@
+"""The rewrite: each form of matmul becomes the operator, means P(W), and nothing else of the graph changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
+
+from pixelfly_compiler.backend import _own_copy, _weight_positions
+from pixelfly_compiler.compact import CompactInputs, CompactWeights
+from pixelfly_compiler.decision import Entry
+from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
+from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names
+from pixelfly_compiler.plan import project
+
+CONFIG = SiteConfig(block=16, strides=0, rank=16)
+X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+
+
+class OneWeight(nn.Module):
+    """A weight and a function of it and the input."""
+
+    def __init__(self, function: Callable[..., Tensor], *shape: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(*shape))
+        self.bias = nn.Parameter(torch.randn(48))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w, self.bias)
+
+
+@dataclass
+class Result:
+    """What came of one call: the graph before and after, and the output."""
+
+    before: GraphModule
+    after: GraphModule
+    found: Found
+    rewritten: Rewritten
+    inputs: list[Any]
+    y: Tensor
+
+    def count(self, name: str = "pixelfly") -> int:
+        """Calls of our operator, also in the bodies of checkpoints; or of nodes with another name."""
+        modules = [module for module in self.after.modules() if isinstance(module, GraphModule)]
+        nodes = [node for module in modules for node in module.graph.nodes if node.op != "placeholder"]
+        return sum(name in (getattr(node.target, "namespace", ""), node.name) for node in nodes)
+
+
+def rewritten(model: nn.Module, *args: Any, config: SiteConfig | None = CONFIG, **kwargs: Any) -> Result:
+    """Run the rewritten graph in eager mode, with the operators' references."""
+    results: list[Result] = []
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        after = _own_copy(gm)
+        names = parameter_names(after, inputs)
+        found = find_sites(after, inputs, names)
+        configs = {} if config is None else {s.name: config for s in found.sites if s.reason is None}
+        outcome = rewrite(after, found.matches, configs, _weight_positions(after, names))
+        compact = CompactInputs(outcome.added, CompactWeights(), "fixed")
+
+        def run(*given: Any) -> Any:
+            new = [*(given[position] for position in outcome.kept), *compact(given)]
+            y = after(*new)
+            results.append(Result(gm, after, found, outcome, new, y[0]))
+            return y
+
+        return run
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=backend, fullgraph=True, **kwargs)(*args)
+    return results[-1]
+
+
+def expected(model: OneWeight, transposed: bool, *args: Any) -> Tensor:
+    """The function with P(W)."""
+    shape = tuple(model.w.shape)
+    out_features, in_features = shape[::-1] if transposed else shape
+    entry = Entry("w", shape, out_features, in_features, transposed, config=CONFIG)
+    return model.function(*args, project(model.w.detach(), entry), model.bias)
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
+    "linear": (lambda x, w, b: F.linear(x, w), (48, 32), False),
+    "linear with a bias": (lambda x, w, b: F.linear(x, w, b), (48, 32), False),
+    "linear of a transpose": (lambda x, w, b: F.linear(x, w.t(), b), (32, 48), True),
+    "linear of a vector": (lambda x, w, b: F.linear(x[0, 0], w, b), (48, 32), False),
+    "addmm": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w), (32, 48), True),
+    "addmm transposed": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w.T), (48, 32), False),
+    "addmm with a matrix": (lambda x, w, b: torch.addmm(x.new_ones(10, 48), x.view(-1, 32), w), (32, 48), True),
+    "addmm with a column": (lambda x, w, b: torch.addmm(x.new_ones(10, 1), x.view(-1, 32), w), (32, 48), True),
+    "mm": (lambda x, w, b: torch.mm(x.view(-1, 32), w), (32, 48), True),
+    "mm transposed": (lambda x, w, b: x.view(-1, 32).mm(w.transpose(0, 1)), (48, 32), False),
+    "matmul": (lambda x, w, b: torch.matmul(x, w), (32, 48), True),
+    "@": (lambda x, w, b: x @ w.permute(1, 0) + b, (48, 32), False),
+    "four dimensions": (lambda x, w, b: x.view(1, 2, 5, 32) @ w, (32, 48), True),
+    "left": (lambda x, w, b: w @ x.mT, (48, 32), False),
+    "left of a matrix": (lambda x, w, b: w.mm(x[0].t()), (48, 32), False),
+    "left of a vector": (lambda x, w, b: w @ x[0, 0], (48, 32), False),
+    "left transposed": (lambda x, w, b: torch.matmul(w.T, x.mT), (32, 48), True),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_becomes_one_operator_and_means_the_projected_weight(form: str) -> None:
+    function, shape, transposed = FORMS[form]
+    model = OneWeight(function, *shape)
+    result = rewritten(model, X)
+    assert result.rewritten.sites == result.count() == 1
+    torch.testing.assert_close(result.y, expected(model, transposed, X), rtol=1e-4, atol=1e-4)
+    assert [key.part for key in result.rewritten.added] == ["blocks", "index", "u", "v"]
+    assert all(key.transposed == transposed for key in result.rewritten.added)
+    assert not any(value is model.w for value in result.inputs), "the dense weight is still an input"
+
+
+def test_two_matmuls_with_one_weight_share_its_compact_form() -> None:
+    model = OneWeight(lambda x, w, b: F.linear(x, w) + F.linear(x.relu(), w, b), 48, 32)
+    result = rewritten(model, X)
+    assert result.count() == 2
+    assert len(result.rewritten.added) == 4
+    torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_equal_shape_share_index_and_basis() -> None:
+    result = rewritten(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), X)
+    assert sorted(key.part for key in result.rewritten.added) == ["blocks", "blocks", "index", "u", "u", "v"]
+
+
+def test_without_a_low_rank_term_there_are_only_blocks() -> None:
+    model = OneWeight(lambda x, w, b: F.linear(x, w, b), 48, 32)
+    result = rewritten(model, X, config=SiteConfig(16, 1, 0))
+    assert [key.part for key in result.rewritten.added] == ["blocks", "index"]
+
+
+def test_every_block_kept_is_the_dense_result() -> None:
+    model = OneWeight(lambda x, w, b: F.linear(x, w, b), 48, 32)
+    torch.testing.assert_close(rewritten(model, X, config=SiteConfig(16, 1, 0)).y, model(X), rtol=1e-4, atol=1e-4)
+
+
+# ---- what must not match ----
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5),  # scaled
+        lambda x, w, b: x @ (w * 2),  # not the weight itself
+        lambda x, w, b: x @ w + w.sum(),  # the weight has another use
+        lambda x, w, b: (x @ w) @ w.T,  # both orientations
+        lambda x, w, b: x @ w[:, :48],  # part of a weight
+        lambda x, w, b: torch.einsum("bsd,df->bsf", x, w),  # no pattern
+        lambda x, w, b: x * w[:, 0],  # no matmul
+    ],
+)
+def test_what_is_no_site_is_left_as_it_is(function: Callable[..., Tensor]) -> None:
+    model = OneWeight(function, 32, 48)
+    result = rewritten(model, X)
+    assert result.rewritten.sites == result.count() == 0
+    assert result.rewritten.added == ()
+    torch.testing.assert_close(result.y, model(X))
+
+
+def test_a_weight_of_three_dimensions_is_left_as_it_is() -> None:
+    model = OneWeight(lambda x, w, b: torch.bmm(x, w), 2, 32, 48)
+    assert rewritten(model, X).count() == 0
+
+
+def test_a_site_without_a_config_stays_dense() -> None:
+    model = OneWeight(lambda x, w, b: F.linear(x, w, b), 48, 32)
+    result = rewritten(model, X, config=None)
+    assert result.count() == 0
+    assert result.after.code == result.before.code
+    torch.testing.assert_close(result.y, model(X))
+
+
+# ---- what else uses the weight or the result ----
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(48, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(self.emb(ids), self.emb.weight)
+
+
+def test_a_lookup_keeps_the_dense_weight() -> None:
+    model, ids = Tied(), torch.arange(10)
+    result = rewritten(model, ids)
+    entry = Entry("emb.weight", (48, 32), 48, 32, config=CONFIG)
+    exact = F.linear(model.emb(ids), project(model.emb.weight.detach(), entry))
+    assert result.count() == 1
+    assert any(value is model.emb.weight for value in result.inputs)
+    torch.testing.assert_close(result.y, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_result_that_many_nodes_use() -> None:
+    model = OneWeight(lambda x, w, b: (y := F.linear(x, w, b)).relu() + y.sin() * y, 48, 32)
+    result = rewritten(model, X)
+    assert result.count() == 1
+    torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
+
+
+def test_matmuls_in_the_body_of_a_checkpoint() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 48), nn.Linear(48, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = checkpoint(lambda x: self.b(self.a(x).relu()), x, use_reentrant=False)
+            assert isinstance(y, Tensor)
+            return y
+
+    model = Checkpointed()
+    result = rewritten(model, X.clone().requires_grad_())
+    assert result.rewritten.sites == result.count() == 2
+    for linear in (model.a, model.b):
+        out_features, in_features = linear.weight.shape
+        entry = Entry("w", (out_features, in_features), out_features, in_features, config=CONFIG)
+        linear.weight.data = project(linear.weight.data, entry)
+    torch.testing.assert_close(result.y, model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_symbolic_rows() -> None:
+    model = OneWeight(lambda x, w, b: F.linear(x, w, b).relu(), 48, 32)
+    result = rewritten(model, X, dynamic=True)
+    assert result.count() == 1
+    torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_compact_weight_has_the_dtype_of_the_matmul(dtype: torch.dtype) -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return F.linear(x, w, b)
+
+    model = OneWeight(function, 48, 32)
+    result = rewritten(model, X)
+    assert {key.dtype for key in result.rewritten.added} == {dtype}
+    assert result.y.dtype == dtype
+    torch.testing.assert_close(result.y, expected(model, False, X), rtol=5e-2, atol=0.5)
+
+
+# ---- the graph ----
+
+BEFORE = """
+def forward(self, weight, bias, x):
+    linear = torch._C._nn.linear(x, weight, bias)
+    relu = linear.relu()
+    return (relu,)
+"""
+AFTER = """
+def forward(self, bias, x, blocks, index, u, v):
+    linear_default = torch.ops.pixelfly.linear.default(x, blocks, u, v, index, 48, False)
+    getitem = linear_default[0]
+    to = bias.to(torch.float32)
+    add = getitem + to
+    relu = add.relu()
+    return (relu,)
+"""
+
+
+def _text(gm: GraphModule) -> str:
+    """The graph's code with plain names, without types, comments and `del`."""
+    text = re.sub(r"#.*", "", gm.code)
+    text = re.sub(r";\s*\w+( = \w+)* = None", "", text)
+    text = re.sub(r" : [\w.\[\], ]+?(?=[,)] ?)", "", text)
+    names = {"w": "weight", "bias": "bias", "x": "x"}
+    for old, new in names.items():
+        text = re.sub(rf"\b[lL]_(self_parameters_)?{old}_\b", new, text)
+    text = re.sub(r"\bpixelfly_(\w+?)_\d+", r"\1", text)
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(line for line in lines if not re.match(r"\s*(\w+) = \1$", line) and "import" not in line) + "\n"
+
+
+def test_the_graph_before_and_after() -> None:
+    result = rewritten(OneWeight(lambda x, w, b: F.linear(x, w, b).relu(), 48, 32), X)
+    assert _text(result.before) == BEFORE.lstrip()
+    assert _text(result.after) == AFTER.lstrip()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_graph_is_well_formed_and_nothing_else_changed(form: str) -> None:
+    function, shape, _ = FORMS[form]
+    result = rewritten(OneWeight(function, *shape), X)
+    graph = result.after.graph
+    graph.lint()
+    assert not graph.eliminate_dead_code()
+    ours = [node for node in graph.nodes if getattr(node.target, "namespace", "") == "pixelfly"]
+    assert not any(node.target._schema.is_mutable for node in ours)
+    assert not any(alias.alias_info for node in ours for alias in node.target._schema.returns)
+    kept = [node.name for node in result.before.graph.nodes if node.op == "placeholder"]
+    inputs = [node.name for node in graph.nodes if node.op == "placeholder"]
+    assert inputs[: len(result.rewritten.kept)] == [kept[i] for i in result.rewritten.kept]
+    assert all(name.startswith("pixelfly_") for name in inputs[len(result.rewritten.kept) :])
+    old = {node.name for node in result.before.graph.nodes}
+    gone = old - {node.name for node in graph.nodes}
+    assert result.found.matches[0].node.name in gone
+    last = graph.output_node().args[0][0]
+    assert last.meta["example_value"].shape == result.y.shape
