@@ -187,6 +187,10 @@ def t5() -> tuple[nn.Module, dict[str, Tensor]]:
     return T5ForConditionalGeneration(config), {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
 
 
+def mlp() -> tuple[nn.Module, dict[str, Tensor]]:
+    return Mlp(1), {"x": torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))}
+
+
 def mixer() -> tuple[nn.Module, dict[str, Tensor]]:
     return Mixer(), {"x": torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))}
 
@@ -227,7 +231,8 @@ MODELS = [
     pytest.param(llama, None, marks=slow),
     pytest.param(vit, None, marks=slow),
     pytest.param(t5, None, marks=slow),
-    pytest.param(mixer, torch.bfloat16),
+    pytest.param(mlp, torch.bfloat16),
+    pytest.param(mixer, torch.bfloat16, marks=slow),
     pytest.param(gpt2, torch.bfloat16, marks=slow),
     pytest.param(bert, torch.bfloat16, marks=slow),
     pytest.param(llama, torch.bfloat16, marks=slow),
