@@ -1,6 +1,6 @@
 """The backend: `torch.compile(model, backend="pixelfly")`. The whole way on one page.
 
-    gm, inputs --find sites--> --plan--> --rewrite--> compile_fx with our lowerings --> code that takes compact weights
+gm, inputs --find sites--> --plan--> --rewrite--> compile_fx with our lowerings --> code that takes compact weights
 """
 
 from __future__ import annotations
