@@ -12,12 +12,14 @@ from numerics import assert_as_good_as, to_double
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import run_and_get_code
 
 from pixelfly_compiler.kernels import lowering_cpu, ops
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
+SQUARE = flat_butterfly(150, 150, 32, 1)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -72,6 +74,19 @@ def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool)
         return torch.ops.pixelfly.block_grad(a, b, index, 32, 32), ops.tall_product(y, t)
 
     check(gradients, [*pair, y, t, index], kernels=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_avx2(dtype: torch.dtype) -> None:
+    x, blocks, u, v, index = operands(UNEVEN, 77, 16, dtype, False)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, square: Tensor) -> tuple[Tensor, ...]:
+        grad = torch.ops.pixelfly.block_grad(x, x, square, 32, 32)
+        return torch.ops.pixelfly.linear(x, blocks, u, v, index, UNEVEN.out_features, False)[0], grad
+
+    with inductor_config.patch({"cpp.simdlen": 256}):
+        assert pick_vec_isa().bit_width() == 256
+        check(function, [x, blocks, u, v, index, ops.support_index(SQUARE)], kernels=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
