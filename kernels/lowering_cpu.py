@@ -7,7 +7,6 @@ What a template cannot take (other dtypes, odd ranks) runs the operator's refere
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +30,6 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.ir import FixedLayout, IRNode, TensorBox
 from torch._inductor.utils import parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
-
-log = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
