@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,11 +139,44 @@ def _rounded(buffer: ir.Buffer) -> ir.Pointwise:
     )
 
 
-def _call(name: str, inputs: dict[str, Any], size: list[Any], params: dict[str, Any]) -> TensorBox:
-    """The output of template `name` as a 2d contiguous buffer of the first input's dtype and device."""
+class _TemplateBuffer(ir.CppTemplateBuffer):
+    """A template's output, together with the inputs that the template writes to."""
+
+    def __init__(self, template: PixelflyCppTemplate, written: Iterable[IRNode]) -> None:
+        choice = template.generate()
+        super().__init__(template.layout, template.input_nodes, choice.make_kernel_render, template, choice)
+        none = ir.NoneLayout(device=template.layout.device)
+        self.mutation_outputs = [ir.MutationOutput(none, buffer, self) for buffer in written]
+
+    def get_outputs(self) -> list[ir.Buffer]:
+        return [self, *self.mutation_outputs]
+
+
+def _call(
+    name: str, inputs: dict[str, Any], size: list[Any], params: dict[str, Any], written: Iterable[str] = ()
+) -> TensorBox:
+    """The output of template `name` as a 2d contiguous buffer of the first input's dtype and device.
+
+    `written`: the inputs that the template writes to, and does not read.
+    """
     first = next(iter(inputs.values()))
     layout = FixedLayout(first.get_device(), first.get_dtype(), size)
-    return PixelflyCppTemplate(name, inputs, layout, params).generate().output_node()
+    template = PixelflyCppTemplate(name, inputs, layout, params)
+    return TensorBox.create(_TemplateBuffer(template, [template.named[key] for key in written]))
+
+
+def _empty(like: TensorBox, size: list[Any]) -> TensorBox:
+    return ir.ExternKernel.realize_input(
+        L[torch.ops.aten.empty.memory_format](
+            size, dtype=like.get_dtype(), device=like.get_device(), layout=torch.strided
+        )
+    )
+
+
+def _is_read(output: int) -> bool:
+    """Is this output of the operator that is being lowered used at all?"""
+    node = V.graph.current_node
+    return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)
 
 
 def _row_major(x: TensorBox) -> TensorBox:
@@ -181,16 +215,15 @@ def _lower_linear(
     x = _row_major(L[torch.ops.aten.view](x, [rows, k]))
     inputs = {"X": x, "BLOCKS": _contiguous(blocks)}
     if rank:
-        t = _lowrank_in(x, v)
-        inputs |= {"T": t, "U": _contiguous(u)}
-    else:
-        t = L[torch.ops.aten.empty.memory_format](
-            [rows, rank], dtype=x.get_dtype(), device=x.get_device(), layout=torch.strided
-        )
+        inputs |= {"U": _contiguous(u), "V": _contiguous(v)}
+    t = _empty(x, [rows, rank])
+    stores_t = rank > 0 and _is_read(1)
+    if stores_t:
+        inputs["T"] = t
     if index is not None:
         inputs["INDEX"] = _contiguous(index)
     params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
-    y = _call("linear", inputs, [rows, features], params)
+    y = _call("linear", inputs, [rows, features], params | {"stores_t": stores_t}, ["T"] if stores_t else [])
     view = L[torch.ops.aten.view]
     return view(y, [*lead, features]), view(t, [*lead, rank])
 
@@ -203,9 +236,8 @@ def _linear_params(
     out_features, in_features = (k, features) if transposed else (features, k)
     out_blocks, in_blocks = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     crow_t = out_blocks + 1 + 2 * nnz
-    few = not transposed and x.get_dtype() != torch.float16
     static_rows = isinstance(rows, (int, sympy.Integer))
-    few_rows = _FEW_ROWS if few and not (static_rows and rows > _FEW_ROWS) else 0
+    few_rows = _FEW_ROWS if not transposed and not (static_rows and rows > _FEW_ROWS) else 0
     if static_rows and few_rows:
         few_rows = int(rows)
     return {
@@ -226,17 +258,6 @@ def _linear_params(
         "few_rows": few_rows,
         "many_rows": not (static_rows and few_rows),
     }
-
-
-def _lowrank_in(x: TensorBox, v: TensorBox) -> TensorBox:
-    """t = x v (M, r): the same template, v cut into blocks that are all kept."""
-    k, rank = v.get_size()
-    block = next((b for b in (128, 64, 32, 16) if k % b == 0), 64)
-    if k % block:
-        v = L[torch.ops.aten.constant_pad_nd](v, [0, 0, 0, -k % block], 0)
-    blocks = _contiguous(L[torch.ops.aten.view](v, [math.ceil(k / block), block, rank]))
-    params = _linear_params(x, math.ceil(k / block), block, rank, 0, rank, True, True)
-    return _call("linear", {"X": x, "BLOCKS": blocks}, [x.get_size()[0], rank], params)
 
 
 def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: int, b_in: int) -> TensorBox:
