@@ -137,8 +137,8 @@ def pixelfly(p: Problem) -> Contender:
         return torch.ops.pixelfly.linear(g, blocks, v, u, index, support.in_features, True)[0]
 
     def weight_grad(g: Tensor, x: Tensor, t: Tensor | None) -> tuple[Tensor, ...]:
-        grad = torch.ops.pixelfly.block_grad(g, x, index, p.block, p.block)
-        return (grad,) if t is None else (grad, ops.tall_product(g, t))
+        grads = torch.ops.pixelfly.block_grad(g, x, t, index, p.block, p.block)
+        return grads[:1] if t is None else grads
 
     def grad_of(grad: Tensor) -> Tensor:
         parts = [projection.gather_blocks(grad, rows, cols, p.block)]

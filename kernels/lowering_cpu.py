@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -166,11 +166,12 @@ def _call(
 
 
 def _empty(like: TensorBox, size: list[Any]) -> TensorBox:
-    return ir.ExternKernel.realize_input(
-        L[torch.ops.aten.empty.memory_format](
-            size, dtype=like.get_dtype(), device=like.get_device(), layout=torch.strided
-        )
+    """A buffer for a template to write to."""
+    empty: TensorBox = L[torch.ops.aten.empty.memory_format](
+        size, dtype=like.get_dtype(), device=like.get_device(), layout=torch.strided
     )
+    empty.realize()
+    return empty
 
 
 def _is_read(output: int) -> bool:
@@ -260,23 +261,31 @@ def _linear_params(
     }
 
 
-def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: int, b_in: int) -> TensorBox:
+def _lower_block_grad(
+    a: TensorBox, x: TensorBox, t: TensorBox | None, index: TensorBox | None, b_out: int, b_in: int
+) -> tuple[TensorBox, TensorBox]:
     out_features = a.get_size()[1]
     in_features = x.get_size()[1]
+    rank = 0 if t is None else t.get_size()[1]
     index_size = None if index is None else index.get_size()[0]
-    supported = x.get_dtype() in _DTYPES and _static(out_features, in_features) and x.get_device().type == "cpu"
-    if not supported or b_out % 16 or b_in % 16:
-        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, index, b_out, b_in)
+    supported = x.get_dtype() in _DTYPES and _static(out_features, in_features, rank) and x.get_device().type == "cpu"
+    if not supported or b_out % 16 or b_in % 16 or rank % 16:
+        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, t, index, b_out, b_in)
     block_rows, block_cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     nnz = block_rows * block_cols if index is None else (int(index_size) - block_rows - block_cols - 2) // 4
     if nnz == 0:
-        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, index, b_out, b_in)
+        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, t, index, b_out, b_in)
     inputs = {"A": _row_major(a), "X": _row_major(x)} | ({} if index is None else {"INDEX": _contiguous(index)})
+    gu = _empty(a, [out_features, rank])
+    rank = rank if _is_read(1) else 0
+    if rank:
+        inputs |= {"T": _contiguous(t), "GU": gu}
     params = {
         "out_features": out_features,
         "in_features": in_features,
         "b_out": b_out,
         "b_in": b_in,
+        "rank": rank,
         "nnz": nnz,
         "lda": inputs["A"].get_stride()[0],
         "ldx": inputs["X"].get_stride()[0],
@@ -284,8 +293,8 @@ def _lower_block_grad(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out
         "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
         "chunk": min(8, nnz),
     }
-    flat = _call("block_grad", inputs, [nnz * b_out, b_in], params)
-    return L[torch.ops.aten.view](flat, [nnz, b_out, b_in])
+    flat = _call("block_grad", inputs, [nnz * b_out, b_in], params, ["GU"] if rank else [])
+    return L[torch.ops.aten.view](flat, [nnz, b_out, b_in]), gu
 
 
 def _fallback(op: Any) -> Callable[..., Any]:

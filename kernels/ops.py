@@ -7,7 +7,7 @@ A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
     index                       where the blocks stand: `support_index(support)`, or None if every block is kept
 
     linear(x, blocks, u, v, index, features, transposed)   y = x W^T, or x W if transposed, and t = x v
-    block_grad(a, x, index, b_out, b_in)                   the kept blocks of a^T x
+    block_grad(a, x, t, index, b_out, b_in)                the kept blocks of a^T x, and a^T t
 
 The two are closed under differentiation. The eager implementation is `reference`; the fast ones are lowerings.
 """
@@ -82,8 +82,11 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
             s = gy @ u
         if need_blocks:
             a, b = (x, gy) if ctx.transposed else (gy, x)
-            gblocks = torch.ops.pixelfly.block_grad(_rows(a), _rows(b), index, blocks.shape[1], blocks.shape[2])
-        if need_u:
+            # gu comes with it, unless gy is on the other side.
+            beside = _rows(t) if need_u and not ctx.transposed else None
+            gblocks, with_blocks = torch.ops.pixelfly.block_grad(_rows(a), _rows(b), beside, index, *blocks.shape[1:])
+            gu = None if beside is None else with_blocks
+        if need_u and gu is None:
             gu = tall_product(gy, t)
         if need_v and s is not None:
             gv = tall_product(x, s)
@@ -131,30 +134,42 @@ def linear(
 
 
 @torch.library.custom_op("pixelfly::block_grad", mutates_args=())
-def _block_grad(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
-    """The kept blocks of a^T x, (nnz, b_out, b_in), for a (M, out) and x (M, in); zero beyond the weight's edge."""
-    return reference.block_grad(a, x, index, b_out, b_in)
+def _block_grad(
+    a: Tensor, x: Tensor, t: Tensor | None, index: Tensor | None, b_out: int, b_in: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of blocks and u, for a (M, out), x (M, in) and t (M, r).
+
+    They are the kept blocks of a^T x, (nnz, b_out, b_in), zero beyond the weight's edge, and a^T t, (out, r); without
+    t (out, 0).
+    """
+    return reference.block_grad(a, x, t, index, b_out, b_in)
 
 
 @_block_grad.register_fake
-def _(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
+def _(a: Tensor, x: Tensor, t: Tensor | None, index: Tensor | None, b_out: int, b_in: int) -> tuple[Tensor, Tensor]:
     shape = SupportIndex.shape_of(index, a.shape[1], x.shape[1], b_out, b_in)
-    return x.new_empty(shape.nnz, b_out, b_in)
+    return x.new_empty(shape.nnz, b_out, b_in), a.new_empty(a.shape[1], 0 if t is None else t.shape[1])
 
 
-def _block_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _block_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:4])
 
 
-def _block_grad_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    a, x, index = ctx.saved_tensors
-    g = g.contiguous()
-    ga = gx = None
-    if ctx.needs_input_grad[0]:
-        ga = torch.ops.pixelfly.linear(x, g, None, None, index, a.shape[1], False)[0]
-    if ctx.needs_input_grad[1]:
-        gx = torch.ops.pixelfly.linear(a, g, None, None, index, x.shape[1], True)[0]
-    return ga, gx, None, None, None
+def _block_grad_backward(ctx: Any, g: Tensor | None, gu: Tensor | None) -> tuple[Tensor | None, ...]:
+    a, x, t, index = ctx.saved_tensors
+    need_a, need_x, need_t = ctx.needs_input_grad[:3]
+    ga = gx = gt = None
+    if g is not None:
+        g = g.contiguous()
+        if need_a:
+            ga = torch.ops.pixelfly.linear(x, g, None, None, index, a.shape[1], False)[0]
+        if need_x:
+            gx = torch.ops.pixelfly.linear(a, g, None, None, index, x.shape[1], True)[0]
+    if gu is not None and t is not None:
+        ga = _add(ga, t @ gu.mT) if need_a else None
+        gt = a @ gu if need_t else None
+    return ga, gx, gt, None, None, None
 
 
 _block_grad.register_autograd(_block_grad_backward, setup_context=_block_grad_setup)
@@ -164,7 +179,7 @@ def tall_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b for a (..., n) and b (..., r) with r small: (n, r), as a block gradient whose blocks are all kept."""
     a, b = _rows(a), _rows(b)
     rows = 64 if a.shape[1] >= 64 else 16
-    blocks = torch.ops.pixelfly.block_grad(a, b, None, rows, b.shape[1])
+    blocks, _ = torch.ops.pixelfly.block_grad(a, b, None, None, rows, b.shape[1])
     return blocks.reshape(-1, b.shape[1])[: a.shape[1]]
 
 

@@ -80,15 +80,19 @@ def linear(
     return (y + t @ u.to(dtype).mT).to(x.dtype), t.to(x.dtype)
 
 
-def block_grad(a: Tensor, x: Tensor, index: Tensor | None, b_out: int, b_in: int) -> Tensor:
+def block_grad(
+    a: Tensor, x: Tensor, t: Tensor | None, index: Tensor | None, b_out: int, b_in: int
+) -> tuple[Tensor, Tensor]:
     """See `ops.block_grad`."""
     dtype = _compute_dtype(x.dtype)
     shape = SupportIndex.shape_of(index, a.shape[1], x.shape[1], b_out, b_in)
     row, col = (i.to(x.device) for i in SupportIndex.coordinates(index, a.shape[1], x.shape[1], b_out, b_in))
+    wide = a.to(dtype).mT
     product = x.new_zeros(shape.block_rows * b_out, shape.block_cols * b_in, dtype=dtype)
-    product[: a.shape[1], : x.shape[1]] = a.to(dtype).mT @ x.to(dtype)
+    product[: a.shape[1], : x.shape[1]] = wide @ x.to(dtype)
     tiles = product.view(shape.block_rows, b_out, shape.block_cols, b_in).transpose(1, 2)
-    return tiles[row, col].to(x.dtype)
+    gu = a.new_empty(a.shape[1], 0) if t is None else (wide @ t.to(dtype)).to(a.dtype)
+    return tiles[row, col].to(x.dtype), gu
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

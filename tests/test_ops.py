@@ -43,7 +43,9 @@ def test_linear_is_a_matmul_with_the_dense_weight(support: Support, rank: int) -
 def test_block_grad_is_the_kept_part_of_the_dense_gradient(support: Support) -> None:
     a, x = torch.randn(9, support.out_features).double(), torch.randn(9, support.in_features).double()
     index = ops.support_index(support)
-    blocks = torch.ops.pixelfly.block_grad(a, x, index, support.block, support.block)
+    t = torch.randn(9, 3).double()
+    blocks, gu = torch.ops.pixelfly.block_grad(a, x, t, index, support.block, support.block)
+    torch.testing.assert_close(gu, a.mT @ t)
     ones = torch.ones(support.nnz, support.block, support.block).double()
     mask = reference.scatter(ones, index, support.out_features, support.in_features)
     scattered = reference.scatter(blocks, index, support.out_features, support.in_features)
@@ -69,8 +71,8 @@ def test_opcheck(transposed: bool, rank: int) -> None:
     tensors = [t.requires_grad_() if t is not None else None for t in (torch.randn(4, k), blocks, u, v)]
     index = ops.support_index(support)
     torch.library.opcheck(torch.ops.pixelfly.linear.default, (*tensors, index, features, transposed))
-    pair = (torch.randn(4, 48, requires_grad=True), torch.randn(4, 64, requires_grad=True))
-    torch.library.opcheck(torch.ops.pixelfly.block_grad.default, (*pair, index, 16, 16))
+    a, x, t = (torch.randn(4, size, requires_grad=True) for size in (48, 64, rank))
+    torch.library.opcheck(torch.ops.pixelfly.block_grad.default, (a, x, t if rank else None, index, 16, 16))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
