@@ -131,10 +131,14 @@ class Case:
     mode: str
     budget: float
     tiny: bool
+    attention: str = "sdpa"
 
     def workload(self) -> Workload:
         torch.manual_seed(0)
-        return MODELS[self.model](self.tiny)
+        workload = MODELS[self.model](self.tiny)
+        if hasattr(workload.model, "set_attn_implementation"):
+            workload.model.set_attn_implementation(self.attention)
+        return workload
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.dtype]
@@ -282,6 +286,7 @@ def in_fresh_processes(case: Case, contender: str) -> dict[str, Any]:
     """Run `child` with an empty compile cache, then again with what that left there."""
     flags = ["--child", contender, "--models", case.model, "--dtypes", case.dtype, "--modes", case.mode]
     flags += ["--budget", str(case.budget), "--scale", "tiny" if case.tiny else "full"]
+    flags += ["--attention", case.attention]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
         cold = run_child(__file__, flags, {"TORCHINDUCTOR_CACHE_DIR": cache})
         warm = run_child(__file__, flags, {"TORCHINDUCTOR_CACHE_DIR": cache})
@@ -348,6 +353,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     flags.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     flags.add_argument("--budget", type=float, default=0.25)
+    flags.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of all contenders")
     flags.add_argument("--rounds", type=int, default=7)
     flags.add_argument("--scale", choices=("full", "tiny"), default="full")
     flags.add_argument("--density-1", action="store_true", help="also our own kernels with every block kept")
@@ -361,7 +367,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     cases = [
-        Case(model, dtype, mode, args.budget, args.scale == "tiny")
+        Case(model, dtype, mode, args.budget, args.scale == "tiny", args.attention)
         for model, dtype, mode in itertools.product(args.models, args.dtypes, args.modes)
     ]
     if args.child:
@@ -371,11 +377,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         rows = measure(case, names, args)
-        print_table(f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}", COLUMNS, map(cells, rows))
+        print_table(f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}, {case.attention}", COLUMNS, map(cells, rows))
         for row in rows:
             if "child_error" in row:
                 print(f"  {row['contender']}: no memory or compile time: {row['child_error']}", file=sys.stderr)
-        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode, "budget": case.budget}
+        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode, "budget": case.budget, "attention": case.attention}
         if not case.tiny:
             append_rows("models", ({**facts, **row} for row in rows))
         results += rows
