@@ -22,7 +22,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import ir
 
 # Before the templates: Inductor's own import order, another one is circular.
-from torch._inductor.lowering import fallback_handler, register_lowering  # isort: skip
+from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, register_lowering  # isort: skip
 from torch._inductor.lowering import lowerings as L  # isort: skip
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
@@ -304,8 +304,14 @@ def _fallback(op: Any) -> Callable[..., Any]:
 @functools.cache
 def register() -> None:
     """Register the lowerings with Inductor; once per process."""
-    register_lowering(torch.ops.pixelfly.linear.default, type_promotion_kind=None)(_lower_linear)
-    register_lowering(torch.ops.pixelfly.block_grad.default, type_promotion_kind=None)(_lower_block_grad)
+    lowered = {
+        torch.ops.pixelfly.linear.default: _lower_linear,
+        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
+    }
+    for overload, lowering in lowered.items():
+        register_lowering(overload, type_promotion_kind=None)(lowering)
+    # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
+    add_needs_realized_inputs(list(lowered))
 
 
 @contextmanager
