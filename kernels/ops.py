@@ -204,8 +204,8 @@ def _(
 
 
 def _densify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    blocks, u, v, index, *ctx.shape = inputs
-    ctx.block = blocks.shape[-1]
+    blocks, u, v, index, out_features, in_features = inputs
+    ctx.layout = out_features, in_features, blocks.shape[-1]
     ctx.save_for_backward(u, v, index)
 
 
@@ -214,8 +214,8 @@ def _densify_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     need_blocks, need_u, need_v = ctx.needs_input_grad[:3]
     g_blocks = None
     if need_blocks:
-        rows, cols = (i.to(g.device) for i in SupportIndex.coordinates(index, *ctx.shape, ctx.block))
-        g_blocks = gather_blocks(g, rows, cols, ctx.block)
+        rows, cols = (i.to(g.device) for i in SupportIndex.coordinates(index, *ctx.layout))
+        g_blocks = gather_blocks(g, rows, cols, ctx.layout[2])
     return g_blocks, g @ v if need_u else None, g.mT @ u if need_v else None, None, None, None
 
 

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,9 +136,8 @@ class CompactWeight(nn.Module):
         dense, support = self._oriented(weight).float(), self.support
         share = lowrank_share(support, self.rank)
         rows, cols = projection.block_index(support, weight.device)
-        widths = (support.in_features - support.block * torch.arange(support.block_cols)).clamp(max=support.block)
-        kept = torch.zeros(support.block_rows).index_add(0, rows.cpu(), widths.float()[cols.cpu()])
-        gain = ((1 - share) * support.in_features / kept).sqrt().to(weight.device)[rows]
+        gains = np.sqrt((1 - share) * support.in_features / support.row_widths()).astype(np.float32)
+        gain = torch.from_numpy(gains).to(weight.device)[rows]
         blocks = gain[:, None, None] * projection.gather_blocks(dense, rows, cols, support.block)
         v = torch.randn(support.in_features, self.rank, device=weight.device) / math.sqrt(support.in_features)
         u = torch.randn(support.out_features, self.rank, device=weight.device)
@@ -174,13 +174,18 @@ class CompactWeight(nn.Module):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        entry, self.scales = _described(state)
+        self.scales = self.scales_in(state)
+
+    def scales_in(self, state: Tensor) -> Scales:
+        """The scales in another weight's extra state, if its factors would fit here."""
+        entry, scales = _described(state)
         if (entry.config, entry.transposed) != (self.entry.config, self.entry.transposed):
             raise PlanMismatchError(
                 f"was saved as {entry.decision}, and is {self.entry.decision} here",
                 site=self.entry.name,
                 next_step="make the model compact with the same plan, or load_weights_ into a dense one",
             )
+        return scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompactWeight:
         """`.to(device)`, `to_empty` and the like: the index follows, with its values."""

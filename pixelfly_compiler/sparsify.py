@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
-from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight
+from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
 from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.plan import make_plan
 
@@ -131,8 +131,11 @@ def load_weights_(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict:
     with _all_or_nothing(targets):
         if targets:
             _register(targets, "scratch")
+        stored = _as_stored(model, state)
+        _check_fits(model, stored, strict)
+        model.load_state_dict(stored, strict=strict)
+        if targets:
             setattr(model, _PLAN, _plan_of_weights(targets))
-        model.load_state_dict(_as_stored(model, state), strict=strict)
     return model
 
 
@@ -149,7 +152,7 @@ class _Held:
 
     @property
     def originals(self) -> parametrize.ParametrizationList:
-        return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value, union-attr]
+        return self.module.parametrizations[self.attribute]  # type: ignore[index, return-value]
 
     @property
     def parametrization(self) -> CompactWeight:
@@ -180,7 +183,7 @@ def compact_weights(model: nn.Module) -> Iterator[_Held]:
     for path, module in list(model.named_modules()):
         if not parametrize.is_parametrized(module):
             continue
-        for attribute, originals in list(module.parametrizations.items()):  # type: ignore[operator, union-attr]
+        for attribute, originals in list(module.parametrizations.items()):
             if isinstance(originals[0], CompactWeight):
                 yield _Held(f"{path}.{attribute}".lstrip(".").replace("_orig_mod.", ""), module, attribute)
 
@@ -324,9 +327,13 @@ def _register(targets: Sequence[_Target], init: str) -> None:
     for target in targets:
         new = target.parametrization
         factors = new.from_scratch(target.weight) if init == "scratch" else new.right_inverse(target.weight)
-        new.right_inverse = lambda _, factors=factors: factors  # type: ignore[method-assign]
+        new.right_inverse = _always(factors)  # type: ignore[assignment]
         parametrize.register_parametrization(target.module, target.attribute, new)
         del new.right_inverse
+
+
+def _always(factors: Factors) -> Callable[[Tensor], Factors]:
+    return lambda weight: factors
 
 
 def _unregister(module: nn.Module, attribute: str) -> None:
@@ -441,6 +448,23 @@ def _as_stored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
         present = [name for name in tied if name in result]
         result |= {name: result[present[0]] for name in tied if present}
     return result
+
+
+def _check_fits(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> None:
+    """Raise before anything is loaded: `load_state_dict` would have loaded the rest."""
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if strict and (missing or unexpected):
+        raise CompactError(
+            f"the weights do not fit the model: missing {missing[:5]}, unexpected {unexpected[:5]}",
+            next_step="load the weights of the same architecture, or with strict=False what there is",
+        )
+    for held in compact_weights(model):
+        if f"{held.prefix}{_EXTRA_STATE}" in state:
+            held.parametrization.scales_in(state[f"{held.prefix}{_EXTRA_STATE}"])
+    for name in expected.keys() & state.keys():
+        if not name.endswith("_extra_state"):
+            _check_shape(name, state[name].shape, expected[name].shape, "in the model")
 
 
 def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int], where: str) -> None:
