@@ -13,12 +13,13 @@ Transposes of w are followed, and casts to another dtype, which then apply to bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
-from pixelfly_compiler.passes.rewrite import put_linear
+from pixelfly_compiler.passes.rewrite import last_first, put_linear
 from pixelfly_compiler.passes.sites import Match, matmuls, uses_of
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
@@ -34,23 +35,31 @@ def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -
     folded = 0
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
         densified = [node for node in module.graph.nodes if node.target in DENSIFY]
-        counts = [_fold(module, node, has_kernels) for node in densified]
-        if any(counts):
+        found = [fold for node in densified for fold in _folds(module, node)]
+        folds = {fold.match.node: fold for fold in found if _can_fold(fold.match, module, has_kernels)}
+        for match in last_first(fold.match for fold in folds.values()):
+            _replace(folds[match.node])
+        if folds:
             module.graph.eliminate_dead_code()
             module.graph.lint()
             module.recompile()
-        folded += sum(counts)
+        folded += len(folds)
     return folded
 
 
-def _fold(module: GraphModule, densify: Node, has_kernels: Callable[[torch.device], bool]) -> int:
-    folded = 0
-    for weight, flipped in list(_forms(module, densify, False)):
+@dataclass(frozen=True)
+class _Fold:
+    """A matmul with `densify`, or with its transpose."""
+
+    match: Match
+    densify: Node
+    transposed: bool
+
+
+def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
+    for weight, flipped in _forms(module, densify, False):
         for match in matmuls(uses_of(module, weight, weight, False, False), densify.name)[0]:
-            if _can_fold(match, module, has_kernels):
-                _replace(match, densify, match.transposed ^ flipped)
-                folded += 1
-    return folded
+            yield _Fold(match, densify, match.transposed ^ flipped)
 
 
 def _forms(module: GraphModule, weight: Node, flipped: bool) -> Iterator[tuple[Node, bool]]:
@@ -74,13 +83,14 @@ def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.de
     return match.module is module and match.dtype in KERNEL_DTYPES and has_kernels(value.device)
 
 
-def _replace(match: Match, densify: Node, transposed: bool) -> None:
+def _replace(fold: _Fold) -> None:
+    match, densify = fold.match, fold.densify
     blocks, u, v, index, *_ = densify.args
     dtype = match.weight.meta["example_value"].dtype
     if dtype != densify.meta["example_value"].dtype:
         with match.module.graph.inserting_before(match.node):
             cast = [part and match.module.graph.call_method("to", (part, dtype)) for part in (blocks, u, v)]
         blocks, u, v = cast
-    if transposed:
+    if fold.transposed:
         u, v = v, u
-    put_linear(match, blocks, u, v, index, transposed)
+    put_linear(match, blocks, u, v, index, fold.transposed)

@@ -59,7 +59,7 @@ def rewrite(
     """
     inputs = _Inputs(gm, weights, share_basis)
     planned = [match for match in matches if match.site in configs]
-    for match in planned:
+    for match in last_first(planned):
         _replace(match, configs[match.site], inputs)
     modules = [gm, *{match.module for match in planned if match.module is not gm}]
     for module in modules:
@@ -69,6 +69,11 @@ def rewrite(
         module.graph.lint()
         module.recompile()
     return Rewritten(kept, tuple(inputs.added), len(planned))
+
+
+def last_first(matches: Iterable[Match]) -> list[Match]:
+    """The order to replace matmuls in: what a match names, its x and bias, may be the result of another match."""
+    return sorted(matches, key=lambda match: match.node, reverse=True)
 
 
 _KEPT_META = ("example_value", "stack_trace", "nn_module_stack")
