@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pixelfly_compiler as pf
+from pixelfly_compiler import backend
 from pixelfly_compiler.passes import cost
 
 WIDTH, RANKS, STEPS = 128, 2, 3
@@ -108,6 +109,7 @@ def rank_main(rank: int, folder: Path) -> None:
         wrapped = distributed(model, how)
         call = compiled(kind, wrapped) if mode == "compiled" else wrapped
         results[scenario] = train(call, model, lambda t: t.chunk(RANKS)[rank])
+        results[f"{scenario} versions"] = versions_of_cached_weights()
         if scenario == "line-fsdp-compiled":
             results["one element"] = changed_element(model, call)
         if scenario == "compact-fsdp-eager":
@@ -115,6 +117,10 @@ def rank_main(rank: int, folder: Path) -> None:
     results["device"] = asdict(cost._agreed(replace(cost.calibrate(), bandwidth=1e9 * (1 + rank))))
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def versions_of_cached_weights() -> list[int | None]:
+    return [e.version for _, entries in backend._weights._entries.values() for e in entries.values()]
 
 
 def changed_element(model: nn.Module, call: Any) -> float:
@@ -158,6 +164,9 @@ def test_losses_equal_those_of_one_process(scenario: str, ranks: list[dict[str, 
 
 def test_what_fsdp_gathers_again_is_projected_again(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["one element"] > 0.1 for rank in ranks)
+    for rank in ranks:
+        assert set(rank["line-fsdp-compiled versions"]) == {None}  # so never valid
+        assert None not in rank["line-ddp-compiled versions"] and rank["line-ddp-compiled versions"]
 
 
 def test_gathered_compact_weights_load_elsewhere(ranks: list[dict[str, Any]]) -> None:
