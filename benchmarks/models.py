@@ -7,7 +7,8 @@
 Modes: `train` is forward, backward and AdamW; `batch` is inference on the training batch (GPT-2: prefill, 2048 rows);
 `single` is inference on one token or one image (GPT-2: the matmuls of a decode step, 1 row). Contenders have the same
 initial weights and take turns in one process. Each is first checked against the oracle: the eager model with P(W) in
-place of W; the compact model (training only) against itself in eager mode. Memory and compile times come from fresh processes, with an empty compile cache, then again with a full one.
+place of W; the compact model (training only) against itself in eager mode. Memory and compile times come from fresh
+processes, with an empty compile cache, then again with a full one.
 """
 
 from __future__ import annotations
@@ -226,8 +227,7 @@ def through_projection(plan: Any, dense: nn.Module, oracle: nn.Module, values: S
 def check(case: Case, runner: Runner) -> float:
     """Worst relative error of outputs and gradients against the eager oracle in fp32; raises if it is too large.
 
-    A compact model is its own oracle.
-    In bf16 it may be twice the error of the eager oracle under the same autocast.
+    A compact model is its own oracle. In bf16 it may be twice the error of the eager oracle under the same autocast.
     """
     workload = runner.workload
     oracle = copy.deepcopy(runner.model)
