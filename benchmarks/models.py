@@ -1,4 +1,4 @@
-"""Whole models: training step and inference, the one line against `torch.compile`.
+"""Whole models: training step and inference, the one line and the compact model against `torch.compile`.
 
     python benchmarks/models.py                                        # everything; an hour
     python benchmarks/models.py --models gpt2 --dtypes bf16 --modes train --density-1
@@ -7,7 +7,8 @@
 Modes: `train` is forward, backward and AdamW; `batch` is inference on the training batch (GPT-2: prefill, 2048 rows);
 `single` is inference on one token or one image (GPT-2: the matmuls of a decode step, 1 row). Contenders have the same
 initial weights and take turns in one process. Each is first checked against the oracle: the eager model with P(W) in
-place of W. Memory and compile times come from fresh processes, with an empty compile cache, then again with a full one.
+place of W; the compact model (training only) against itself in eager mode. Memory and compile times come from fresh
+processes, with an empty compile cache, then again with a full one.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from _common import (
 from torch import Tensor, nn
 
 MODES = ("train", "batch", "single")
-DENSE, SPARSE, DENSITY_1 = "torch.compile", "pixelfly", "pixelfly density 1"
+DENSE, SPARSE, DENSITY_1, COMPACT = "torch.compile", "pixelfly", "pixelfly density 1", "pixelfly compact"
 MAX_SECONDS = 120.0  # per case
 FP32_TOLERANCE = 1e-3  # relative, outputs and gradients, between two fp32 computations
 CHILD_STEPS = 3
@@ -166,6 +167,12 @@ class Runner:
         self.model = copy.deepcopy(self.workload.model).train(training)
         if self.name == DENSE:
             self.compiled = torch.compile(self.model)
+        elif self.name == COMPACT:
+            import pixelfly_compiler
+
+            args, kwargs = self.workload.plan_arguments(self.case.mode)
+            pixelfly_compiler.sparsify_(self.model, args, kwargs, **self.case.options(self.name))
+            self.compiled = torch.compile(self.model, backend="pixelfly")
         else:
             self.compiled = torch.compile(self.model, backend="pixelfly", options=self.case.options(self.name))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True) if training else None
@@ -220,12 +227,12 @@ def through_projection(plan: Any, dense: nn.Module, oracle: nn.Module, values: S
 def check(case: Case, runner: Runner) -> float:
     """Worst relative error of outputs and gradients against the eager oracle in fp32; raises if it is too large.
 
-    In bf16 it may be twice the error of the eager oracle under the same autocast.
+    A compact model is its own oracle. In bf16 it may be twice the error of the eager oracle under the same autocast.
     """
     workload = runner.workload
     oracle = copy.deepcopy(runner.model)
     plan = None
-    if runner.name != DENSE:
+    if runner.name not in (DENSE, COMPACT):
         import pixelfly_compiler
 
         args, kwargs = workload.plan_arguments(case.mode)
@@ -360,7 +367,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--dense-only", action="store_true", help="only torch.compile")
     flags.add_argument("--no-check", action="store_true", help="skip the check against the oracle")
     flags.add_argument("--no-children", action="store_true", help="skip memory and compile times")
-    flags.add_argument("--child", choices=(DENSE, SPARSE, DENSITY_1), help=argparse.SUPPRESS)
+    flags.add_argument("--child", choices=(DENSE, SPARSE, DENSITY_1, COMPACT), help=argparse.SUPPRESS)
     return flags.parse_args(argv)
 
 
@@ -376,12 +383,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     names = [DENSE] if args.dense_only else [DENSE, SPARSE, *([DENSITY_1] if args.density_1 else [])]
     results = []
     for case in cases:
-        rows = measure(case, names, args)
-        print_table(f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}, {case.attention}", COLUMNS, map(cells, rows))
+        contenders = [*names, *([COMPACT] if case.mode == "train" and not args.dense_only else [])]
+        rows = measure(case, contenders, args)
+        title = f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}, {case.attention}"
+        print_table(title, COLUMNS, map(cells, rows))
         for row in rows:
             if "child_error" in row:
                 print(f"  {row['contender']}: no memory or compile time: {row['child_error']}", file=sys.stderr)
-        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode, "budget": case.budget, "attention": case.attention}
+        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode}
+        facts |= {"budget": case.budget, "attention": case.attention}
         if not case.tiny:
             append_rows("models", ({**facts, **row} for row in rows))
         results += rows

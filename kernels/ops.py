@@ -8,8 +8,9 @@ A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
 
     linear(x, blocks, u, v, index, features, transposed)   y = x W^T, or x W if transposed, and t = x v
     block_grad(a, x, t, index, b_out, b_in)                the kept blocks of a^T x, and a^T t
+    densify(blocks, u, v, index, out, in)                  W itself, where something else than a matmul needs it
 
-The two are closed under differentiation. The eager implementation is `reference`; the fast ones are lowerings.
+All are closed under differentiation. The eager implementation is `reference`; the fast ones are lowerings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pixelfly_compiler.kernels import reference
+from pixelfly_compiler.kernels.projection import gather_blocks
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
@@ -183,16 +185,53 @@ def tall_product(a: Tensor, b: Tensor) -> Tensor:
     return blocks.reshape(-1, b.shape[1])[: a.shape[1]]
 
 
+# ------------------------------------------------------------------------------------------------------------ densify
+
+
+@torch.library.custom_op("pixelfly::densify", mutates_args=())
+def _densify(
+    blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """W = scatter(blocks) + u v^T, (out_features, in_features), with square blocks."""
+    return reference.densify(blocks, u, v, index, out_features, in_features)
+
+
+@_densify.register_fake
+def _(
+    blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    return blocks.new_empty(out_features, in_features)
+
+
+def _densify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    blocks, u, v, index, out_features, in_features = inputs
+    ctx.layout = out_features, in_features, blocks.shape[-1]
+    ctx.save_for_backward(u, v, index)
+
+
+def _densify_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    u, v, index = ctx.saved_tensors
+    need_blocks, need_u, need_v = ctx.needs_input_grad[:3]
+    g_blocks = None
+    if need_blocks:
+        rows, cols = (i.to(g.device) for i in SupportIndex.coordinates(index, *ctx.layout))
+        g_blocks = gather_blocks(g, rows, cols, ctx.layout[2])
+    return g_blocks, g @ v if need_u else None, g.mT @ u if need_v else None, None, None, None
+
+
+_densify.register_autograd(_densify_backward, setup_context=_densify_setup)
+
+
 # ----------------------------------------------------------------------------------------------------------- autocast
 
 
-def _register_autocast(name: str, device_type: str) -> None:
-    """Under autocast the operator runs in the autocast dtype, as F.linear does."""
+def _register_autocast(name: str, device_type: str, low_precision: bool) -> None:
+    """Under autocast the operator runs in the autocast dtype, as F.linear does, or else in its inputs' dtype."""
     op: Callable[..., Any] = getattr(torch.ops.pixelfly, name).default
     key = f"Autocast{device_type.upper()}"
 
     def cast(arg: Any) -> Any:
-        if isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
+        if low_precision and isinstance(arg, Tensor) and arg.is_floating_point() and arg.dtype != torch.float64:
             return arg.to(torch.get_autocast_dtype(device_type))
         return arg
 
@@ -205,4 +244,5 @@ def _register_autocast(name: str, device_type: str) -> None:
 
 _autocast = torch.library.Library("pixelfly", "IMPL")
 for _device_type in ("cpu", "cuda"):
-    _register_autocast("linear", _device_type)
+    _register_autocast("linear", _device_type, low_precision=True)
+    _register_autocast("densify", _device_type, low_precision=False)

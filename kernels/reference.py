@@ -65,6 +65,17 @@ def scatter(blocks: Tensor, index: Tensor | None, out_features: int, in_features
     return weight[:out_features, :in_features]
 
 
+def densify(
+    blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
+) -> Tensor:
+    """See `ops.densify`."""
+    dtype = _compute_dtype(blocks.dtype)
+    weight = scatter(blocks.to(dtype), index, out_features, in_features)
+    if u is not None and v is not None:
+        weight = torch.addmm(weight, u.to(dtype), v.to(dtype).mT)
+    return weight.to(blocks.dtype).contiguous()
+
+
 def linear(
     x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
 ) -> tuple[Tensor, Tensor]:

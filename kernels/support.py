@@ -103,6 +103,12 @@ class Support:
         """Kept blocks per block column, (block_cols,)."""
         return np.bincount(self.cols(), minlength=self.block_cols)
 
+    def row_widths(self) -> IntArray:
+        """Kept columns per block row, (block_rows,): the last block column may reach over the edge."""
+        return np.bincount(
+            self.rows(), _block_extents(self.in_features, self.block)[self.cols()], self.block_rows
+        ).astype(np.int64)
+
     def transpose(self) -> Support:
         """The support of the transposed weight."""
         return Support.from_coordinates(self.in_features, self.out_features, self.block, self.cols(), self.rows())

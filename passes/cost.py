@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -130,7 +131,21 @@ def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool =
 
 def device_for(kind: str) -> Device:
     """The device model for sites on "cpu" (calibrated, from the cache if it can) or on an accelerator."""
-    return calibrate() if torch.device(kind).type in ("cpu", "meta") else GPU
+    return _agreed(calibrate()) if torch.device(kind).type in ("cpu", "meta") else GPU
+
+
+_agreements: WeakKeyDictionary[Any, Device] = WeakKeyDictionary()
+
+
+def _agreed(device: Device) -> Device:
+    """The constants of the first process to come here: all ranks make the same plan, whatever each has measured."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return device
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if store not in _agreements:
+        text = store.compare_set("pixelfly_device", "", json.dumps(asdict(device)))
+        _agreements[store] = _from_json(text.decode())
+    return _agreements[store]
 
 
 @lru_cache(maxsize=1)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.sites import Match, SiteConfig
@@ -58,7 +59,7 @@ def rewrite(
     """
     inputs = _Inputs(gm, weights, share_basis)
     planned = [match for match in matches if match.site in configs]
-    for match in planned:
+    for match in last_first(planned):
         _replace(match, configs[match.site], inputs)
     modules = [gm, *{match.module for match in planned if match.module is not gm}]
     for module in modules:
@@ -70,20 +71,30 @@ def rewrite(
     return Rewritten(kept, tuple(inputs.added), len(planned))
 
 
+def last_first(matches: Iterable[Match]) -> list[Match]:
+    """The order to replace matmuls in: what a match names, its x and bias, may be the result of another match."""
+    return sorted(matches, key=lambda match: match.node, reverse=True)
+
+
 _KEPT_META = ("example_value", "stack_trace", "nn_module_stack")
 
 
 def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
-    graph, node = match.module.graph, match.node
     blocks, index = (inputs.get(part, match, config) for part in ("blocks", "index"))
     u, v = (inputs.get(part, match, config) if config.rank else None for part in ("u", "v"))
+    put_linear(match, blocks, u, v, index, False)
+
+
+def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: Argument, transposed: bool) -> None:
+    """Put `pixelfly::linear` of these arguments, and what it does not do itself, in place of a matmul."""
+    graph, node = match.module.graph, match.node
     x = match.x
     left = match.left and x.meta["example_value"].dim() > 1
-    out_features = int(node.meta["example_value"].shape[-2 if left else -1])
+    features = int(node.meta["example_value"].shape[-2 if left else -1])
     with graph.inserting_before(node):
         if left:
             x = graph.call_function(torch.transpose, (x, -1, -2))
-        pair = graph.call_function(torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, out_features, False))
+        pair = graph.call_function(torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, features, transposed))
         y = graph.call_function(operator.getitem, (pair, 0))
         if left:
             y = graph.call_function(torch.transpose, (y, -1, -2))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -164,7 +164,7 @@ def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object
 
 
 @dataclass(frozen=True)
-class _Use:
+class Use:
     """One node that consumes the weight; `flipped` if what it consumes is the transpose of the parameter."""
 
     module: GraphModule
@@ -232,19 +232,19 @@ def _checkpoint_body(module: GraphModule, node: Node) -> GraphModule | None:
     return body if isinstance(body, GraphModule) else None
 
 
-def _uses(module: GraphModule, node: Node, weight: Node, flipped: bool, weight_flipped: bool) -> Iterator[_Use]:
+def uses_of(module: GraphModule, node: Node, weight: Node, flipped: bool, weight_flipped: bool) -> Iterator[Use]:
     """Follow the weight through transposes and into activation checkpoints."""
     for user in node.users:
         if _swaps_two_dims(user):
-            yield from _uses(module, user, weight, not flipped, weight_flipped)
+            yield from uses_of(module, user, weight, not flipped, weight_flipped)
         elif _is_identity(user):
-            yield from _uses(module, user, weight, flipped, weight_flipped)
+            yield from uses_of(module, user, weight, flipped, weight_flipped)
         elif (body := _checkpoint_body(module, user)) is not None:
             for argument, inner in zip(user.args[1:], placeholders(body), strict=False):
                 if argument is node:
-                    yield from _uses(body, inner, inner, flipped, flipped)
+                    yield from uses_of(body, inner, inner, flipped, flipped)
         else:
-            yield _Use(module, user, node, weight, flipped, weight_flipped)
+            yield Use(module, user, node, weight, flipped, weight_flipped)
 
 
 # ---- the matmul side: which operand is the weight ----
@@ -297,7 +297,7 @@ def _arguments(node: Node, names: Sequence[str]) -> list[object]:
 PATTERNS: tuple[Callable[[Node, Node], _Operands | None], ...] = (_linear, _addmm, _matmul)
 
 
-def _match(use: _Use, site: str) -> Match | None:
+def _match(use: Use, site: str) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
     for pattern in PATTERNS:
         operands = pattern(use.user, use.operand)
@@ -306,7 +306,18 @@ def _match(use: _Use, site: str) -> Match | None:
     return None
 
 
-def _build_match(use: _Use, site: str, operands: _Operands) -> Match | None:
+def matmuls(uses: Iterable[Use], site: str) -> tuple[list[Match], list[Use]]:
+    """Those of a weight's uses that are matmuls with it, and the others."""
+    matches: list[Match] = []
+    others: list[Use] = []
+    for use in uses:
+        match = _match(use, site)
+        matches += [match] if match else []
+        others += [] if match else [use]
+    return matches, others
+
+
+def _build_match(use: Use, site: str, operands: _Operands) -> Match | None:
     x, out, weight = operands.x, _value(use.user), _value(use.operand)
     if not isinstance(x, Node) or _carried(x) is use.weight or out is None or weight is None or weight.dim() != 2:
         return None
@@ -386,7 +397,7 @@ def _describe(node: Node) -> str:
     return f"`{target}`"
 
 
-def _is_lookup(use: _Use) -> bool:
+def _is_lookup(use: Use) -> bool:
     """An embedding lookup in this table: it stays dense, and does not stop the weight from being a site."""
     user = use.user
     if _is_call(user, (F.embedding, torch.embedding)):
@@ -394,22 +405,16 @@ def _is_lookup(use: _Use) -> bool:
     return _is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
 
 
-def _is_dead(use: _Use) -> bool:
+def _is_dead(use: Use) -> bool:
     """Nodes that only look at the weight's metadata."""
     return not use.user.users and use.user.op in ("call_function", "call_method")
 
 
 def _site_of_weight(gm: GraphModule, node: Node, weight: torch.Tensor, name: str) -> tuple[Site | Skipped, list[Match]]:
     shape = tuple(int(size) for size in weight.shape)
-    uses = [use for use in _uses(gm, node, node, False, False) if not _is_dead(use)]
-    matches: list[Match] = []
-    others: list[_Use] = []
-    for use in uses:
-        match = _match(use, name) if weight.dim() == 2 else None
-        if match is not None:
-            matches.append(match)
-        elif not _is_lookup(use):
-            others.append(use)
+    uses = [use for use in uses_of(gm, node, node, False, False) if not _is_dead(use)]
+    matches, rest = matmuls(uses, name) if weight.dim() == 2 else ([], uses)
+    others = [use for use in rest if not _is_lookup(use)]
     if not matches:
         return Skipped(
             name, shape, _why_no_matmul(weight, uses, others), lookup=bool(uses) and not others, used=bool(uses)
@@ -454,13 +459,13 @@ def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
     return tuple(other for other in names if other != name)
 
 
-def _stored_in_out(match: Match, uses: Sequence[_Use]) -> bool:
+def _stored_in_out(match: Match, uses: Sequence[Use]) -> bool:
     """Is the parameter itself (not the node that carries it into a checkpoint) stored (in, out) for this matmul?"""
     flipped = next(use.weight_flipped for use in uses if use.user is match.node and use.weight is match.weight)
     return match.transposed ^ flipped
 
 
-def _why_no_matmul(weight: torch.Tensor, uses: Sequence[_Use], others: Sequence[_Use]) -> str:
+def _why_no_matmul(weight: torch.Tensor, uses: Sequence[Use], others: Sequence[Use]) -> str:
     reason = ineligible(weight)
     if reason is not None:
         return reason

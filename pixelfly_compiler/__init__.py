@@ -1,16 +1,26 @@
 """pixelfly_compiler: torch.compile(model, backend="pixelfly") makes the matmuls of a PyTorch model sparse.
 
-The public surface: the backend, `plan` (what would be done, and why), `project_` and `project` (what it means).
+The public surface: the backend, `plan` (what would be done, and why), `project_` and `project` (what it means), and
+compact models: `sparsify_`, `densify_`, `load_weights_`, `factors`, `plan_of`.
 """
 
 from pixelfly_compiler.backend import pixelfly
 from pixelfly_compiler.decision import Entry, Plan
-from pixelfly_compiler.errors import OptionError, PixelflyError, PlanError, PlanMismatchError, UnknownSiteError
+from pixelfly_compiler.errors import (
+    CompactError,
+    OptionError,
+    PixelflyError,
+    PlanError,
+    PlanMismatchError,
+    UnknownSiteError,
+)
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.plan import plan, project, project_
+from pixelfly_compiler.sparsify import densify_, factors, load_weights_, plan_of, sparsify_
 
 __version__ = "0.1.0"
 __all__ = [
+    "CompactError",
     "Entry",
     "OptionError",
     "PixelflyError",
@@ -19,8 +29,13 @@ __all__ = [
     "PlanMismatchError",
     "SiteConfig",
     "UnknownSiteError",
+    "densify_",
+    "factors",
+    "load_weights_",
     "pixelfly",
     "plan",
+    "plan_of",
     "project",
     "project_",
+    "sparsify_",
 ]

@@ -1,6 +1,9 @@
 """The backend: `torch.compile(model, backend="pixelfly")`. The whole way on one page.
 
 gm, inputs --find sites--> --plan--> --rewrite--> compile_fx with our lowerings --> code that takes compact weights
+
+The weights of a compact model (`sparsify_`) are folded into their matmuls before; what `sparsify_` left dense stays so,
+unless an option of ours is given.
 """
 
 from __future__ import annotations
@@ -19,17 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._logging._internal import trace_structured
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
+from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
 
 log = logging.getLogger("pixelfly_compiler")
 
@@ -50,11 +55,17 @@ def pixelfly(
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
     gm = _own_copy(gm)
+    folded = fold_densify(gm, _has_kernels)
     names = parameter_names(gm, example_inputs)
     found = _dense_without_kernels(find_sites(gm, example_inputs, names))
+    asked = len(inductor_options) < len(options or {})
+    settled = set() if asked else _settled(names, placeholders(gm), example_inputs)
+    found = _dense_if_settled(found, settled)
     weights = _weight_positions(gm, names)
     plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
     configs = _configs(found, plan)
+    if not configs and (folded or settled):
+        return _inductor(gm, example_inputs, patches)
     if not configs:
         return announcer.watch(_inductor(gm, example_inputs, patches), plan, whole)
     _check_basis(plan, [example_inputs[weights[name]] for name in configs])
@@ -133,11 +144,29 @@ def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, in
     return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
 
 
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _settled(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Sequence[Any]) -> set[str]:
+    """The names of those weights whose model was made compact: they are what `sparsify_` left dense."""
+    settled = dense_parameters_of_compact_models()
+    return {names[node.name] for node, value in zip(nodes, example_inputs, strict=False) if id(value) in settled}
+
+
+def _dense_if_settled(found: Found, settled: set[str]) -> Found:
+    reason = "sparsify_ left it dense; an option (options={'budget': ...}) makes it sparse here"
+    sites = tuple(
+        replace(site, reason=reason) if site.reason is None and site.name in settled else site for site in found.sites
+    )
+    return replace(found, sites=sites)
+
+
 def _dense_without_kernels(found: Found) -> Found:
     """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
     sites = tuple(
         replace(site, reason=f"no kernels for device {site.device!r} yet")
-        if site.reason is None and torch.device(site.device).type != "cpu"
+        if site.reason is None and not _has_kernels(torch.device(site.device))
         else site
         for site in found.sites
     )

@@ -8,6 +8,7 @@ cache holds weights weakly and lives as long as they do. In training the project
 
 from __future__ import annotations
 
+import gc
 import weakref
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -109,9 +110,18 @@ class CompactWeights:
 def _entry(weight: Tensor, form: Form) -> _Entry:
     # Not inference tensors, even in inference mode: training may use them next.
     with torch.inference_mode(False), torch.no_grad():
-        version = None if weight.is_inference() else weight._version
+        version = None if weight.is_inference() or _is_gathered(weight) else weight._version
         sample = _sample(weight.detach())
         return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(weight.detach(), form))
+
+
+def _is_gathered(weight: Tensor) -> bool:
+    """Is this where FSDP2 gathers a sharded weight, again and again, without raising the tensor's version?"""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    holders = gc.get_referrers(weight)
+    fields = [holder if isinstance(holder, dict) else getattr(holder, "__dict__", {}) for holder in holders]
+    return any(held.get("_unsharded_param") is weight for held in fields)
 
 
 def _sample(weight: Tensor) -> Tensor:

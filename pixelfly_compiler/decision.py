@@ -37,6 +37,19 @@ class Entry:
     reason: str | None = None
     speedup: float | None = None
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Entry:
+        """The entry that `dataclasses.asdict`, and JSON, made `values` of."""
+        config = values["config"]
+        return cls(
+            **values
+            | {
+                "weight_shape": tuple(values["weight_shape"]),
+                "aliases": tuple(values["aliases"]),
+                "config": None if config is None else SiteConfig(**config),
+            }
+        )
+
     @property
     def is_site(self) -> bool:
         return bool(self.role)
@@ -176,7 +189,9 @@ class Plan:
                 raise PlanError(
                     f"plan of version {values.get('version')}, this pixelfly reads {VERSION}", next_step=REPLAN
                 )
-            return cls(**values | {"entries": tuple(map(_entry, values["entries"])), "notes": tuple(values["notes"])})
+            return cls(
+                **values | {"entries": tuple(map(Entry.from_dict, values["entries"])), "notes": tuple(values["notes"])}
+            )
         except (ValueError, TypeError, KeyError) as cause:
             raise PlanError(f"not a plan: {cause}", next_step="read only what plan.to_json() wrote") from cause
 
@@ -195,15 +210,3 @@ class Plan:
 
 def _orientation(transposed: bool) -> str:
     return "as (in, out)" if transposed else "as (out, in)"
-
-
-def _entry(values: dict[str, Any]) -> Entry:
-    config = values["config"]
-    return Entry(
-        **values
-        | {
-            "weight_shape": tuple(values["weight_shape"]),
-            "aliases": tuple(values["aliases"]),
-            "config": None if config is None else SiteConfig(**config),
-        }
-    )

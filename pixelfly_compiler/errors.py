@@ -27,6 +27,10 @@ class PlanMismatchError(PlanError):
     """A plan made for another model or other shapes; `site` is the first that differs."""
 
 
+class CompactError(PixelflyError):
+    """A model that cannot be made compact, or dense again, as it is."""
+
+
 class UnknownSiteError(PlanError, KeyError):
     """A weight name that the plan does not have."""
 

@@ -31,3 +31,12 @@ def test_inference_example_agrees_with_the_oracle() -> None:
     rows = importlib.import_module("inference").main(["--steps", "3", "--size", "tiny", "--budgets", "0.5"])
     assert [row.basis for row in rows] == ["fixed", "svd"]
     assert all(row.mismatch < 1e-4 < row.error for row in rows)
+
+
+def test_finetune_example_wins_back_what_projection_cost_and_survives_saving() -> None:
+    pytest.importorskip("transformers")
+    stages = importlib.import_module("finetune_compact").main(["--steps", "8", "--size", "tiny", "--budget", "0.5"])
+    dense, projected, tuned, loaded = stages
+    assert projected.parameters == tuned.parameters == loaded.parameters < dense.parameters
+    assert tuned.loss < projected.loss
+    assert loaded.loss == pytest.approx(tuned.loss, abs=1e-4)

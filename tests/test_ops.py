@@ -116,3 +116,45 @@ def test_nan_and_inf_reach_the_outputs_they_touch() -> None:
     x[1, 5] = float("nan")
     y = ops.linear(x, blocks, u, v, support)
     assert torch.isnan(y[1]).any() and torch.isfinite(y[[0, 2]]).all()
+
+
+# ---- densify ----
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_densify_is_the_dense_weight(support: Support, rank: int) -> None:
+    blocks, u, v = compact(support, rank)
+    weight = torch.ops.pixelfly.densify(
+        blocks, u, v, ops.support_index(support), support.out_features, support.in_features
+    )
+    torch.testing.assert_close(weight, dense(blocks, u, v, support))
+    assert weight.is_contiguous()
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("has_index", [True, False])
+def test_densify_opcheck_and_derivatives(rank: int, has_index: bool) -> None:
+    support = Support(5, 6, 2, crow=(0, 2, 2, 4), col=(0, 2, 1, 2)) if has_index else dense_support(5, 6, 2)
+    tensors = [t.requires_grad_() for t in compact(support, rank) if t is not None]
+    index = ops.support_index(support) if has_index else None
+
+    def weight(blocks: Tensor, *lowrank: Tensor) -> Tensor:
+        return torch.ops.pixelfly.densify(blocks, *(lowrank or (None, None)), index, 5, 6)
+
+    assert torch.autograd.gradcheck(weight, tensors)
+    assert torch.autograd.gradgradcheck(weight, tensors)
+    u, v = tensors[1:] or (None, None)
+    torch.library.opcheck(torch.ops.pixelfly.densify.default, (tensors[0], u, v, index, 5, 6))
+
+
+def test_densify_is_exact_under_autocast_and_rounds_once_in_low_precision() -> None:
+    support = flat_butterfly(64, 64, 16, 1)
+    blocks, u, v = compact(support, 16, torch.float32)
+    arguments = (ops.support_index(support), 64, 64)
+    exact = torch.ops.pixelfly.densify(blocks, u, v, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.ops.pixelfly.densify(blocks, u, v, *arguments), exact)
+    low = [None if t is None else t.bfloat16() for t in (blocks, u, v)]
+    wide = torch.ops.pixelfly.densify(*(None if t is None else t.float() for t in low), *arguments)
+    assert torch.equal(torch.ops.pixelfly.densify(*low, *arguments), wide.bfloat16())

@@ -130,6 +130,29 @@ def test_two_matmuls_with_one_weight_share_its_compact_form() -> None:
     torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
 
 
+def test_a_matmul_of_the_result_of_another() -> None:
+    """Also as the term that is added: nothing between them keeps the first result's node alive."""
+    first, second = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(x)).view(-1, 32)
+            return torch.addmm(y, self.first(y), self.second.weight.t())
+
+    model = Chain()
+    result = rewritten(model, X)
+    assert result.count() == 4
+    with torch.no_grad():
+        for name, module in (("first.weight", first), ("second.weight", second)):
+            shape = tuple(module.weight.shape)
+            module.weight.copy_(project(module.weight, Entry(name, shape, *shape, config=CONFIG)))
+    torch.testing.assert_close(result.y, model(X))
+
+
 def test_weights_of_equal_shape_share_index_and_basis() -> None:
     result = rewritten(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), X)
     assert sorted(key.part for key in result.rewritten.added) == ["blocks", "blocks", "index", "u", "u", "v"]

@@ -1,0 +1,377 @@
+"""Quality at equal steps: compact models and the one line against dense, on the Python standard library's source.
+
+    python benchmarks/quality.py                                  # everything: many hours on two cores
+    python benchmarks/quality.py --contenders dense "compact 0.25" --seeds 0
+    python benchmarks/quality.py --tiny                           # does it run?
+
+A byte-level GPT-2 of about ten million parameters; AdamW with warm-up and cosine to 10%; all contenders see the same
+data in the same order. Each contender's learning rate is tuned first, on one seed, over the same grid; then it trains
+with the best one on all seeds. Reported against steps, flops of the weight matmuls (forward and backward) and seconds.
+
+Each run appends one row to `results/quality.jsonl`, and one that is there already is not run again: stop and go on at
+any time. `results/quality.csv` and `quality.png` are made of all rows of the size and number of steps asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import HERE, append_rows, load_example, print_table
+from torch import Tensor, nn
+
+import pixelfly_compiler
+from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.support import Support
+from pixelfly_compiler.sparsify import compact_weights
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CLIP = 1.0
+VALIDATION_SEED = 1234
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model, the data of one step, and how often to look."""
+
+    width: int
+    layers: int
+    sequence: int
+    batch: int
+    evaluations: int
+    validation_batches: int
+
+
+SIZES = {
+    "full": Size(width=384, layers=6, sequence=256, batch=32, evaluations=20, validation_batches=16),
+    "tiny": Size(width=128, layers=1, sequence=32, batch=4, evaluations=2, validation_batches=1),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row of results is about: rows of equal runs are interchangeable."""
+
+    contender: str
+    rate: float
+    seed: int
+    steps: int
+    size: str
+
+
+# --------------------------------------------------------------------------------------------------------- contenders
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to train: its parameters, what to call, and the share of the dense matmul compute it does."""
+
+    model: nn.Module
+    call: Callable[..., Any]
+    kept: float
+
+
+def gpt(size: Size) -> nn.Module:
+    """HF's GPT-2; the head has a weight of its own, so that each contender may make it sparse."""
+    example = load_example("train_gpt")
+    model = example.gpt(example.Size(size.width, size.layers, size.sequence, size.batch, steps=0))
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def dense(size: Size, ids: Tensor) -> Built:
+    model = gpt(size)
+    return Built(model, torch.compile(model), 1.0)
+
+
+def compact(size: Size, ids: Tensor, **options: Any) -> Built:
+    model = pixelfly_compiler.sparsify_(gpt(size), (ids,), {"labels": ids}, force=True, **options)
+    return Built(model, torch.compile(model, backend="pixelfly"), pixelfly_compiler.plan_of(model).kept)
+
+
+def one_line(size: Size, ids: Tensor, budget: float) -> Built:
+    model = gpt(size)
+    plan = pixelfly_compiler.plan(model, (ids,), {"labels": ids}, budget=budget, force=True)
+    options: dict[str, Any] = {"plan": plan}
+    return Built(model, torch.compile(model, backend="pixelfly", options=options), plan.kept)
+
+
+def random_blocks(size: Size, ids: Tensor, budget: float) -> Built:
+    """As compact, but each block row keeps as many blocks at random places."""
+    built = compact(size, ids, budget=budget)
+    generator = np.random.RandomState(0)
+    for held in compact_weights(built.model):
+        weight = held.parametrization
+        weight.support = shuffled(weight.support, generator)
+        weight.index = support_index(weight.support)
+    return built
+
+
+def shuffled(support: Support, generator: np.random.RandomState) -> Support:
+    counts = support.row_counts()
+    cols = [generator.permutation(support.block_cols)[:count] for count in counts]
+    return Support.from_coordinates(
+        support.out_features, support.in_features, support.block, support.rows(), np.concatenate(cols)
+    )
+
+
+class LowRank(nn.Module):
+    """Parametrization W = U V^T, scaled for Adam as `CompactWeight` scales u."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, u: Tensor, v: Tensor) -> Tensor:
+        return (v.shape[0] / (4 * self.rank)) * u @ v.mT
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out_features, in_features = weight.shape
+        v = torch.randn(in_features, self.rank) / math.sqrt(in_features)
+        u = torch.randn(out_features, self.rank) * weight.std() * math.sqrt(in_features / self.rank)
+        return u * 4 * self.rank / in_features, v
+
+
+def low_rank(size: Size, ids: Tensor, budget: float) -> Built:
+    """Every planned weight as U V^T with as many elements as the budget gives it."""
+    model = gpt(size)
+    plan = pixelfly_compiler.plan(model, (ids,), {"labels": ids}, budget=budget, force=True)
+    for entry in plan.sparse:
+        path, _, attribute = entry.name.rpartition(".")
+        rank = max(1, entry.kept // (entry.out_features + entry.in_features))
+        nn.utils.parametrize.register_parametrization(model.get_submodule(path), attribute, LowRank(rank))
+    return Built(model, torch.compile(model), plan.kept)
+
+
+def smaller_dense(size: Size, ids: Tensor, budget: float) -> Built:
+    """A narrower model whose weight matmuls cost the budget's share: width^2 per layer, in whole multiples of 16."""
+    width = max(16, round(size.width * math.sqrt(budget) / 16) * 16)
+    model = gpt(Size(**{**asdict(size), "width": width}))
+    return Built(model, torch.compile(model), (width / size.width) ** 2)
+
+
+CONTENDERS: dict[str, Callable[[Size, Tensor], Built]] = {
+    "dense": dense,
+    "compact 0.5": lambda size, ids: compact(size, ids, budget=0.5),
+    "compact 0.25": lambda size, ids: compact(size, ids, budget=0.25),
+    "compact 0.125": lambda size, ids: compact(size, ids, budget=0.125),
+    "one line 0.25": lambda size, ids: one_line(size, ids, 0.25),
+    "butterfly 0.25": lambda size, ids: compact(size, ids, budget=0.25, lowrank_share=0.0),
+    "low rank 0.25": lambda size, ids: low_rank(size, ids, 0.25),
+    "random blocks 0.25": lambda size, ids: random_blocks(size, ids, 0.25),
+    "smaller dense 0.25": lambda size, ids: smaller_dense(size, ids, 0.25),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def validation(built: Built, batches: Sequence[Tensor]) -> float:
+    """Nats per byte; the mode stays `train`, since nothing depends on it and another one would compile anew."""
+    return float(torch.stack([built.call(ids, labels=ids).loss for ids in batches]).mean())
+
+
+def train(run: Run) -> dict[str, Any]:
+    """One row: the validation loss, with seconds of training so far, at evenly spaced steps."""
+    example, training = load_example("train_gpt"), load_example("_training")
+    size = SIZES[run.size]
+    torch._dynamo.reset()
+    held_in, held_out = example.standard_library()
+    data: Iterator[Tensor] = example.batches(held_in, size, run.seed)
+    held_out_batches = list(itertools.islice(example.batches(held_out, size, VALIDATION_SEED), size.validation_batches))
+    torch.manual_seed(run.seed)
+    built = CONTENDERS[run.contender](size, next(data))
+    optimizer = torch.optim.AdamW(built.model.parameters(), lr=run.rate, fused=True)
+    schedule = training.warmup_and_cosine(
+        optimizer, training.Training(run.steps, run.rate, torch.float32, size.batch * size.sequence, run.seed)
+    )
+    looks = {round(run.steps * (i + 1) / size.evaluations) for i in range(size.evaluations)}
+    curve, seconds = [], []
+    for step, ids in enumerate(itertools.islice(data, run.steps), start=1):
+        start = time.perf_counter()
+        built.call(ids, labels=ids).loss.backward()
+        nn.utils.clip_grad_norm_(built.model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+        schedule.step()
+        if step in looks:
+            # The first step compiles: it counts as a median one.
+            spent = sum(seconds[1:]) + statistics.median(seconds[1:] or seconds)
+            curve.append({"step": step, "seconds": spent, "loss": validation(built, held_out_batches)})
+    parameters = sum(p.numel() for p in built.model.parameters())
+    return {
+        **asdict(run),
+        "curve": curve,
+        "flops": built.kept * flops(size),
+        "kept": built.kept,
+        "elements": parameters,
+    }
+
+
+def flops(size: Size) -> float:
+    """Of the dense model's weight matmuls in one step, forward and backward."""
+    weights = 12 * size.layers * size.width**2 + 256 * size.width
+    return 6.0 * size.batch * size.sequence * weights
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+class Results:
+    """The rows so far; a run that has one is not run again."""
+
+    def __init__(self, path: Path, record: bool) -> None:
+        self.path, self.record = path, record
+        lines = path.read_text().splitlines() if record and path.exists() else []
+        self.rows: dict[Run, dict[str, Any]] = {self._run(row): row for row in map(json.loads, lines)}
+
+    @staticmethod
+    def _run(row: Mapping[str, Any]) -> Run:
+        return Run(**{key: row[key] for key in Run.__dataclass_fields__})
+
+    def get(self, run: Run) -> dict[str, Any]:
+        if run not in self.rows:
+            row = train(run)
+            if self.record:
+                append_rows("quality", [row])
+            self.rows[run] = row
+            print(f"{run.contender}, learning rate {run.rate:g}, seed {run.seed}: {final(row):.4f}", flush=True)
+        return self.rows[run]
+
+
+def final(row: Mapping[str, Any]) -> float:
+    loss = float(row["curve"][-1]["loss"])
+    return loss if math.isfinite(loss) else math.inf
+
+
+def tuned(contender: str, args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
+    """The rows of all seeds at the contender's best learning rate, which the first seed decides."""
+
+    def row(rate: float, seed: int) -> dict[str, Any]:
+        return results.get(Run(contender, rate, seed, args.steps, args.size))
+
+    best = min(args.rates, key=lambda rate: final(row(rate, args.seeds[0])))
+    return [row(best, seed) for seed in args.seeds]
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def write_csv(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    columns = ("contender", "rate", "seed", "step", "seconds", "flops", "loss")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for name, row in [(name, row) for name, rows in groups.items() for row in rows]:
+            for point in row["curve"]:
+                spent = point["step"] * row["flops"]
+                writer.writerow((name, row["rate"], row["seed"], point["step"], point["seconds"], spent, point["loss"]))
+
+
+def plot(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Mean validation loss over seeds against steps, flops and seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), sharey=True)
+    for name, rows in groups.items():
+        points = list(zip(*(row["curve"] for row in rows), strict=True))
+        loss = [statistics.mean(point["loss"] for point in same) for same in points]
+        steps = [same[0]["step"] for same in points]
+        seconds = [statistics.mean(point["seconds"] for point in same) for same in points]
+        for axis, xs in zip(axes, (steps, [step * rows[0]["flops"] for step in steps], seconds), strict=True):
+            axis.plot(xs, loss, label=name)
+    for axis, label in zip(axes, ("steps", "flops of weight matmuls", "seconds"), strict=True):
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("validation loss (nats per byte)")
+    axes[0].legend()
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def at_seconds(row: Mapping[str, Any], limit: float) -> float | None:
+    """The last loss seen within `limit` seconds of training."""
+    within = [point["loss"] for point in row["curve"] if point["seconds"] <= limit]
+    return within[-1] if within else None
+
+
+def cells(name: str, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    loss = statistics.mean(map(final, rows))
+    spread = max(map(final, rows)) - min(map(final, rows))
+    step_ms = statistics.mean(row["curve"][-1]["seconds"] / row["curve"][-1]["step"] for row in rows) * 1e3
+    versus = f"{loss / statistics.mean(map(final, base)) - 1:+.1%}" if base else "-"
+    limit = statistics.mean(row["curve"][-1]["seconds"] for row in rows)
+    same_time = [at_seconds(row, limit) for row in base or ()]
+    known = [value for value in same_time if value is not None]
+    return [
+        name,
+        f"{rows[0]['rate']:g}",
+        f"{rows[0]['kept']:.1%}",
+        f"{rows[0]['elements'] / 1e6:.2f}",
+        f"{loss:.4f}",
+        f"{spread:.4f}",
+        versus,
+        f"{statistics.mean(known):.4f}" if known else "-",
+        f"{step_ms:.0f}",
+    ]
+
+
+COLUMNS = (
+    "contender",
+    "best rate",
+    "kept",
+    "M parameters",
+    "loss",
+    "spread",
+    "against dense",
+    "dense by then",
+    "ms per step",
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    flags.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    flags.add_argument("--steps", type=int, default=2000)
+    flags.add_argument("--tiny", action="store_true", help="a tiny model, few steps, nothing is recorded")
+    args = flags.parse_args(argv)
+    args.size = "tiny" if args.tiny else "full"
+    if args.tiny:
+        args.steps, args.seeds, args.rates = 4, args.seeds[:1], args.rates[:1]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    args = parse(argv)
+    folder = Path(tempfile.mkdtemp()) if args.tiny else HERE / "results"
+    results = Results(HERE / "results" / "quality.jsonl", record=not args.tiny)
+    groups = {name: tuned(name, args, results) for name in args.contenders}
+    write_csv(folder / "quality.csv", groups)
+    plot(folder / "quality.png", groups)
+    title = f"validation loss after {args.steps} steps, nats per byte; mean of {len(args.seeds)} seeds"
+    print_table(title, COLUMNS, [cells(name, rows, groups.get("dense")) for name, rows in groups.items()])
+    print(f"{folder / 'quality.csv'}, {folder / 'quality.png'}")
+    return groups
+
+
+if __name__ == "__main__":
+    main()

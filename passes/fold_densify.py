@@ -1,0 +1,96 @@
+"""Fold a compact weight into the matmuls that use it: where the dense weight has no other use, it never exists.
+
+    def forward(self, x, blocks, u, v, index, bias):      def forward(self, x, blocks, u, v, index, bias):
+        w = pixelfly.densify(blocks, u, v, index, 64, 32)     y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
+        y = F.linear(x, w, bias)                      -->     return (y + bias.to(torch.float32),)
+        return (y,)
+
+Here blocks, u and v are what a `CompactWeight` computes of its factors, gamma included: elementwise, on compact data.
+Transposes of w are followed, and casts to another dtype, which then apply to blocks, u and v. A matmul as in any of
+`sites.PATTERNS` is folded, also in the body of an activation checkpoint. What else uses w keeps it, densified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.passes.rewrite import last_first, put_linear
+from pixelfly_compiler.passes.sites import Match, matmuls, uses_of
+
+DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS = ("to", "type", "float", "half", "bfloat16", "type_as")
+
+
+def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -> int:
+    """Put `pixelfly::linear` in place of each matmul with a densified weight, on devices that have kernels for it.
+
+    Returns how many.
+    """
+    folded = 0
+    for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        densified = [node for node in module.graph.nodes if node.target in DENSIFY]
+        found = [fold for node in densified for fold in _folds(module, node)]
+        folds = {fold.match.node: fold for fold in found if _can_fold(fold.match, module, has_kernels)}
+        for match in last_first(fold.match for fold in folds.values()):
+            _replace(folds[match.node])
+        if folds:
+            module.graph.eliminate_dead_code()
+            module.graph.lint()
+            module.recompile()
+        folded += len(folds)
+    return folded
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A matmul with `densify`, or with its transpose."""
+
+    match: Match
+    densify: Node
+    transposed: bool
+
+
+def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
+    for weight, flipped in _forms(module, densify, False):
+        for match in matmuls(uses_of(module, weight, weight, False, False), densify.name)[0]:
+            yield _Fold(match, densify, match.transposed ^ flipped)
+
+
+def _forms(module: GraphModule, weight: Node, flipped: bool) -> Iterator[tuple[Node, bool]]:
+    """The weight, and its casts; the flag tells whether it is transposed there."""
+    yield weight, flipped
+    for use in uses_of(module, weight, weight, False, False):
+        if use.module is module and _is_cast(use.user, use.operand):
+            yield from _forms(module, use.user, flipped ^ use.flipped)
+
+
+def _is_cast(node: Node, operand: Node) -> bool:
+    if node.op != "call_method" or node.target not in _CASTS or node.args[0] is not operand:
+        return False
+    before, after = operand.meta["example_value"], node.meta["example_value"]
+    return isinstance(after, torch.Tensor) and after.is_floating_point() and before.device == after.device
+
+
+def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:
+    """A weight handed into a checkpoint's body stays dense there: its factors are not at hand."""
+    value = match.node.meta["example_value"]
+    return match.module is module and match.dtype in KERNEL_DTYPES and has_kernels(value.device)
+
+
+def _replace(fold: _Fold) -> None:
+    match, densify = fold.match, fold.densify
+    blocks, u, v, index, *_ = densify.args
+    dtype = match.weight.meta["example_value"].dtype
+    if dtype != densify.meta["example_value"].dtype:
+        with match.module.graph.inserting_before(match.node):
+            cast = [part and match.module.graph.call_method("to", (part, dtype)) for part in (blocks, u, v)]
+        blocks, u, v = cast
+    if fold.transposed:
+        u, v = v, u
+    put_linear(match, blocks, u, v, index, fold.transposed)

@@ -1,0 +1,267 @@
+"""Densified weights folded into their matmuls: what matches, what does not, and that the dense weight never exists."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_good_as, to_double
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
+
+import pixelfly_compiler as pf
+from pixelfly_compiler import backend
+from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.passes.fold_densify import DENSIFY, fold_densify
+from pixelfly_compiler.passes.sites import SiteConfig
+from pixelfly_compiler.plan import Entry
+
+OUT, IN, ROWS = 128, 96, 48
+LINEAR = torch.ops.pixelfly.linear.default
+OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True, "block_size": 32}
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class One(nn.Module):
+    """One compact weight, (out, in), used by `function(x, weight)`."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], rank: int = 16, transposed: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(OUT, IN) / 10)
+        out_features, in_features = (IN, OUT) if transposed else (OUT, IN)
+        config = SiteConfig(32, 1, rank)
+        entry = Entry("weight", (OUT, IN), out_features, in_features, transposed, ROWS, role="w", config=config)
+        pf.sparsify_(self, plan=Plan((entry,), 0.5), init="project")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+def dynamo_graph(model: nn.Module, *args: Any) -> GraphModule:
+    graphs: list[GraphModule] = []
+
+    def keep(gm: GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=keep, fullgraph=True)(*args)
+    return graphs[0]
+
+
+def count(gm: GraphModule, *targets: object) -> int:
+    modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    return sum(node.target in targets for module in modules for node in module.graph.nodes)
+
+
+def folded(model: nn.Module, *args: Any) -> tuple[int, int]:
+    """(matmuls folded, densified weights left), and the graph still computes the same."""
+    gm = dynamo_graph(model, *args)
+    inputs = [node.meta["example_value"] for node in gm.graph.nodes if node.op == "placeholder"]
+    number = fold_densify(gm, lambda device: device.type == "cpu")
+    assert len(inputs) == sum(node.op == "placeholder" for node in gm.graph.nodes)
+    assert count(gm, LINEAR) == number
+    return number, count(gm, *DENSIFY)
+
+
+X = torch.randn(ROWS, IN)
+G = torch.randn(ROWS, OUT)
+BIAS = torch.randn(OUT)
+
+MATMULS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+    "linear": (lambda x, w: F.linear(x, w), X),
+    "linear with bias": (lambda x, w: F.linear(x, w, BIAS), X),
+    "3d": (lambda x, w: F.linear(x.view(4, -1, IN), w), X),
+    "matmul": (lambda x, w: x @ w.t(), X),
+    "addmm": (lambda x, w: torch.addmm(BIAS, x, w.T), X),
+    "other side": (lambda x, w: x @ w, G),
+    "from the left": (lambda x, w: w @ x.t(), X),
+    "both orientations": (lambda x, w: (x @ w.t()) @ w, X),
+    "cast back": (lambda x, w: F.linear(x.bfloat16(), w.bfloat16()).float(), X),
+    "cast of the transpose": (lambda x, w: (x.bfloat16() @ w.t().to(torch.bfloat16)).float(), X),
+}
+
+
+@pytest.mark.parametrize("name", MATMULS)
+@pytest.mark.parametrize("rank", [0, 16])
+def test_every_way_to_write_a_matmul_is_folded(name: str, rank: int) -> None:
+    function, x = MATMULS[name]
+    for transposed in (False, True):
+        torch._dynamo.reset()
+        expected = 2 if name == "both orientations" else 1
+        assert folded(One(function, rank, transposed), x) == (expected, 0)
+
+
+def bias_of_the_weight(x: Tensor, w: Tensor) -> Tensor:
+    return F.linear(x, w) + w.mean()
+
+
+NOT_FOLDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
+    "another use beside": (bias_of_the_weight, 1, 1),
+    "only another use": (lambda x, w: x.sum() * w, 0, 1),
+    "changed before": (lambda x, w: F.linear(x, w.relu()), 0, 1),
+    "with itself": (lambda x, w: w @ w.t(), 0, 1),
+    "part of it": (lambda x, w: F.linear(x, w[:64]), 0, 1),
+    "double": (lambda x, w: F.linear(x.double(), w.double()), 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLDED)
+def test_any_other_use_stays_densified(name: str) -> None:
+    function, matmuls, left = NOT_FOLDED[name]
+    assert folded(One(function), X) == (matmuls, left)
+
+
+def test_without_kernels_nothing_is_folded() -> None:
+    gm = dynamo_graph(One(MATMULS["linear"][0]), X)
+    assert fold_densify(gm, lambda device: False) == 0 and count(gm, *DENSIFY) == 1
+
+
+# ---- compiled ----
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """What Inductor is given: forward and backward graphs, in aten operators, each node with its value."""
+    seen: list[GraphModule] = []
+    original = backend._inner_compile
+
+    def keep(gm: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        seen.append(backend._copy_of_graph(gm))
+        return original(gm, *args, **kwargs)
+
+    monkeypatch.setattr(backend, "_inner_compile", keep)
+    return seen
+
+
+def values(graphs: list[GraphModule]) -> list[Tensor]:
+    found = []
+    for gm in graphs:
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            found += [v for v in (value if isinstance(value, tuple | list) else (value,)) if isinstance(v, Tensor)]
+    return found
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Head(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x).tanh()
+
+
+class Net(nn.Module):
+    """Two blocks and a head that stays dense; `broken`: Dynamo breaks the graph behind each block."""
+
+    def __init__(self, checkpointed: bool = False, broken: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(IN, OUT), Block(IN, OUT)])
+        self.head = Head(IN)
+        self.checkpointed, self.broken = checkpointed, broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+            if self.broken:
+                torch._dynamo.graph_break()
+        return self.head(x)
+
+
+def net(**options: Any) -> Net:
+    model = Net(**options)
+    pf.sparsify_(model, X, **OPTIONS, exclude=["head.*"])
+    return model
+
+
+def step(model: nn.Module, call: Any, x: Tensor, low: bool = False) -> list[Tensor]:
+    """The output, and the gradient of every parameter."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        y = call(x)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (y.to(x.dtype) * probe.to(x.dtype)).sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's, of an input that is no leaf
+@pytest.mark.parametrize("how", ["plain", "autocast", "checkpointed", "broken", "dynamic"])
+def test_compiled_equals_eager_and_the_dense_weight_never_exists(how: str, graphs: list[GraphModule]) -> None:
+    model = net(checkpointed=how == "checkpointed", broken=how == "broken")
+    low = how == "autocast"
+    compiled = torch.compile(
+        model, backend="pixelfly", fullgraph=how != "broken", dynamic=True if how == "dynamic" else None
+    )
+    ours = step(model, compiled, X, low)
+    eager = step(model, model, X, low)
+    double = copy.deepcopy(model).double()
+    exact = step(double, double, to_double(X))
+    assert len(ours) == len(eager) == 1 + len(list(model.parameters()))
+    for mine, plain, truth in zip(ours, eager, exact, strict=True):
+        if truth.numel() > 1:  # a gamma's gradient is one sum, in which rounding may or may not cancel
+            assert_as_good_as(mine, plain, truth, factor=4.0)
+    assert sum(count(gm, LINEAR) for gm in graphs) >= 4
+    assert not any(list(value.shape) in ([OUT, IN], [IN, OUT]) for value in values(graphs))
+    assert any(list(value.shape) == [IN, IN] for value in values(graphs)), "the head is to stay dense"
+
+
+def test_generated_code_has_no_dense_weight() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    model = net()
+    compiled = torch.compile(model, backend="pixelfly")
+    _, code = run_and_get_code(lambda: compiled(X).sum().backward())
+    shapes = re.findall(r"\((\d+), (\d+)\)", "\n".join(code))
+    assert (str(IN), str(IN)) in shapes
+    assert (str(OUT), str(IN)) not in shapes and (str(IN), str(OUT)) not in shapes
+
+
+# ---- with what sparsify_ left dense ----
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_was_left_dense_stays_so_unless_asked(broken: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = net(broken=broken)
+    caplog.clear()
+    copies = {"default": copy.deepcopy(model), "asked": copy.deepcopy(model)}
+    with torch.no_grad():
+        default = torch.compile(copies["default"], backend="pixelfly")(X)
+        asked = torch.compile(copies["asked"], backend="pixelfly", options=OPTIONS)(X)
+    torch.testing.assert_close(default, model(X), rtol=1e-4, atol=1e-5)
+    assert (asked - model(X)).abs().max() > 1e-2
+    said = [r.getMessage() for r in caplog.records if r.name == "pixelfly_compiler"]
+    assert len(said) == 1 and "1 of 1 matmul weights" in said[0]
+
+
+def test_a_dense_model_beside_a_compact_one_is_made_sparse() -> None:
+    compact = net()
+    dense = nn.Sequential(nn.Linear(IN, OUT))
+    plan = pf.plan(dense, X, **OPTIONS)
+    with torch.no_grad():
+        y = torch.compile(dense, backend="pixelfly", options=OPTIONS)(X)
+        torch.testing.assert_close(y, pf.project_(dense, plan)(X), rtol=1e-4, atol=1e-5)
+    assert compact.head.out.weight.shape == (IN, IN)
+
+
+def test_other_backends_densify() -> None:
+    model = net()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for mine, plain in zip(step(model, compiled, X), step(model, model, X), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
