@@ -188,9 +188,9 @@ def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]
     """Inductor with our lowerings."""
     from torch._inductor.compile_fx import compile_fx
 
-    from pixelfly_compiler.kernels import lowering_cpu
+    from pixelfly_compiler.kernels import lowering
 
-    lowering_cpu.register()
+    lowering.register()
     with _cache_tag():
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile, config_patches=dict(patches))
     return compiled
@@ -229,9 +229,9 @@ def _with_references(gm: GraphModule, example_inputs: Sequence[Any], kwargs: Map
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    from pixelfly_compiler.kernels import lowering_cpu
+    from pixelfly_compiler.kernels import lowering
 
-    with lowering_cpu.references_only(), config.patch(fx_graph_cache=False, fx_graph_remote_cache=False):
+    with lowering.references_only(), config.patch(fx_graph_cache=False, fx_graph_remote_cache=False):
         return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
