@@ -6,6 +6,7 @@ measured. A GPU that is not in the table but really there gets its own limits an
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -91,3 +92,17 @@ def _described(properties: Any) -> Gpu:
         multiprocessors=properties.multi_processor_count,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", nearest.shared_memory),
     )
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why matmuls on this device stay dense; None if there are kernels for it."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"no kernels for device {device.type!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "kernels for GPUs need triton, which is not installed"
+    gpu = gpu_of(device)
+    if gpu.backend == "cuda" and gpu.capability < OLDEST:
+        return f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, kernels need 7.5 or newer"
+    return None

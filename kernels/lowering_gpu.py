@@ -32,7 +32,7 @@ from torch._inductor.utils import sympy_product
 
 from pixelfly_compiler.kernels import reference
 from pixelfly_compiler.kernels.compat import size_hint
-from pixelfly_compiler.kernels.gpus import OLDEST, Gpu, gpu_of
+from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import (
     GradShape,
     LinearShape,
@@ -127,14 +127,6 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _rows_hint(rows: Any) -> int:
     return max(size_hint(rows, fallback=4096), 1)
-
-
-def unsupported(device: torch.device) -> str | None:
-    """Why this GPU gets no kernels of ours; None if it does."""
-    gpu = gpu_of(device)
-    if gpu.backend == "cuda" and gpu.capability < OLDEST:
-        return f"{gpu.name} is of compute capability {gpu.capability[0]}.{gpu.capability[1]}, kernels need 7.5 or newer"
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------- linear

@@ -26,6 +26,7 @@ from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.kernels.gpus import why_no_kernels
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names, placeholders
 from pixelfly_compiler.plan import make_plan
@@ -49,21 +50,21 @@ def pixelfly(
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
-    gm = _own_copy(gm)
+    gm = own_copy(gm)
     names = parameter_names(gm, example_inputs)
     found = _dense_without_kernels(find_sites(gm, example_inputs, names))
-    weights = _weight_positions(gm, names)
+    weights = weight_positions(gm, names)
     plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
-    configs = _configs(found, plan)
+    configs = sparse_configs(found, plan)
     if not configs:
-        return announcer.watch(_inductor(gm, example_inputs, patches), plan, whole)
+        return announcer.watch(inductor(gm, example_inputs, patches), plan, whole)
     _check_basis(plan, [example_inputs[weights[name]] for name in configs])
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _trace(plan)
     announcer.sparse(plan, found, {name: example_inputs[weights[name]] for name in configs}, whole)
-    inputs = [*(example_inputs[position] for position in rewritten.kept), *_examples(compact(tuple(example_inputs)))]
-    compiled = _inductor(gm, inputs, patches)
+    inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
+    compiled = inductor(gm, inputs, patches)
 
     def run(*args: Any) -> Any:
         return compiled(*_inputs(rewritten, compact, args))
@@ -81,7 +82,7 @@ def _reset() -> None:
 pixelfly.reset = _reset  # type: ignore[attr-defined]
 
 
-def _own_copy(gm: GraphModule) -> GraphModule:
+def own_copy(gm: GraphModule) -> GraphModule:
     """A copy of the graph to rewrite: Dynamo still reads its own graph after the backend returns."""
     own = _copy_of_graph(gm)
     if hasattr(gm, "_param_name_to_source"):
@@ -119,7 +120,7 @@ def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...])
     return [*(args[position] for position in rewritten.kept), *compact(args)]
 
 
-def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
+def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The compact inputs as AOTAutograd is to see them: leaves of static shape, also where Dynamo's are dynamic."""
     context = torch._guards.TracingContext.try_get()
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
@@ -128,7 +129,7 @@ def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
 
 
-def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
+def weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
     """Parameter name -> position among the graph's inputs."""
     return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
 
@@ -136,9 +137,7 @@ def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, in
 def _dense_without_kernels(found: Found) -> Found:
     """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
     sites = tuple(
-        replace(site, reason=f"no kernels for device {site.device!r} yet")
-        if site.reason is None and torch.device(site.device).type != "cpu"
-        else site
+        replace(site, reason=why_no_kernels(torch.device(site.device))) if site.reason is None else site
         for site in found.sites
     )
     return replace(found, sites=sites)
@@ -160,7 +159,7 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     return plan
 
 
-def _configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
+def sparse_configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
     """Site name -> config, for the sites of this graph that the plan makes sparse."""
     configs: dict[str, SiteConfig] = {}
     for site in found.sites:
@@ -184,15 +183,22 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     return {**(list_mode_options(mode) if mode else {}), **options}
 
 
-def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """Inductor with our lowerings."""
+def inductor(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Inductor with our lowerings. `inner_compile` makes code of a single graph, forward or backward."""
     from torch._inductor.compile_fx import compile_fx
 
     from pixelfly_compiler.kernels import lowering
 
     lowering.register()
     with _cache_tag():
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile, config_patches=dict(patches))
+        compiled: Any = compile_fx(
+            gm, list(inputs), inner_compile=inner_compile or _inner_compile, config_patches=dict(patches)
+        )
     return compiled
 
 

@@ -27,6 +27,10 @@ class PlanMismatchError(PlanError):
     """A plan made for another model or other shapes; `site` is the first that differs."""
 
 
+class EmitError(PixelflyError):
+    """Code for a GPU that cannot be emitted here."""
+
+
 class UnknownSiteError(PlanError, KeyError):
     """A weight name that the plan does not have."""
 
