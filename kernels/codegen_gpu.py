@@ -12,6 +12,7 @@ import ast
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -108,7 +109,14 @@ def _scratch_caches() -> Iterator[None]:
     variables = {"TORCHINDUCTOR_CACHE_DIR": folder.name, "TRITON_CACHE_DIR": os.path.join(folder.name, "triton")}
     settings = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "triton.cudagraphs": False}
     untuned = {"max_autotune": False, "max_autotune_gemm": False, "max_autotune_pointwise": False}
-    with folder, patch.dict(os.environ, variables), inductor_config.patch(settings | untuned):
+    with (
+        folder,
+        warnings.catch_warnings(),
+        patch.dict(os.environ, variables),
+        inductor_config.patch(settings | untuned),
+    ):
+        # Inductor's advice to switch tf32 on is for whoever runs the code.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
         yield
 
 

@@ -166,6 +166,8 @@ def _step(shape: LinearShape, most: int) -> int:
 
 def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
     """The launch for few rows spread over more programs, and with no more stages than fit."""
+    if shape.exact:
+        launch = replace(launch, warps=8)
     if shape.rows <= 64:
         launch = replace(launch, groups=1)
         while launch.block_n > 16 and 2 * shape.out_features < launch.block_n * gpu.multiprocessors:
@@ -200,7 +202,7 @@ def block_grad_launches(shape: GradShape, gpu: Gpu) -> list[GradLaunch]:
 
 
 def _grad_default(shape: GradShape, gpu: Gpu) -> GradLaunch:
-    pack = _pack(shape)
+    pack = _pack(shape, gpu)
     tile = pack * shape.b_in * shape.b_out
     block_m = 16 if shape.exact else 64 * 2 // shape.itemsize
     stages = {"turing": 2, "cdna": 2}.get(gpu.family, 3)
@@ -214,9 +216,14 @@ def _grad_default(shape: GradShape, gpu: Gpu) -> GradLaunch:
     return replace(launch, split=split)
 
 
-def _pack(shape: GradShape) -> int:
-    """Blocks of a row per program: up to 128 columns (64 without tensor cores), if little of it is empty."""
+def _pack(shape: GradShape, gpu: Gpu) -> int:
+    """Blocks of a row per program: up to 128 columns (64 without tensor cores), if little of it is empty.
+
+    Hopper's and Blackwell's tensor cores take 64 columns or more, empty or not.
+    """
     most = 64 if shape.exact else 128
+    if gpu.family in ("hopper", "blackwell") and not shape.exact and shape.per_row * shape.b_in <= 64:
+        return max(64 // shape.b_in, 1)
     pack = 1
     while 2 * pack * shape.b_in <= most and pack < shape.per_row:
         pack *= 2

@@ -1,6 +1,6 @@
 """Emit GPU code on any machine: the code that `torch.compile(model, backend="pixelfly")` would run on the target.
 
-    model, args --Dynamo, find sites, plan, rewrite, AOTAutograd--> graphs --Inductor on a virtual device--> files, report
+    model, args --Dynamo, find sites, plan, rewrite, AOTAutograd--> graphs --Inductor, virtual device--> files, report
 
 Everything up to AOTAutograd is the backend's own way, on the CPU; from there on `kernels.codegen_gpu` stands in for the
 GPU. The plan is that of the target: its roofline, not this machine's. Attention is traced as matmuls and softmax.
@@ -92,10 +92,10 @@ def emit(
     training: bool = False,
     **options: Any,
 ) -> Emission:
-    """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels as source and machine code, report.json.
+    """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels (source, machine code), report.json.
 
-    The model and its inputs stay on the CPU. `training` adds the gradients. `options` are those of `Config`: budget=0.25,
-    block_size=, ... Raises `OptionError` for a target that is not known, `EmitError` without Triton.
+    The model and its inputs stay on the CPU. `training` adds the gradients. `options` are those of `Config`:
+    budget=0.25, block_size=, ... Raises `OptionError` for a target that is not known, `EmitError` without Triton.
     """
     gpu = _gpu(target)
     config, others = Config.from_options(options)
