@@ -9,6 +9,6 @@ from torch._inductor.virtualized import V
 
 def size_hint(expression: Any, fallback: int) -> int:
     """The likely value of a symbolic size; the method was renamed in torch 2.12."""
-    sizes = V.graph.sizevars
+    sizes: Any = V.graph.sizevars
     ask = getattr(sizes, "optimization_hint", None) or sizes.size_hint
     return int(ask(expression, fallback=fallback))

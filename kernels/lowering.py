@@ -65,7 +65,7 @@ def register() -> None:
 @contextmanager
 def references_only() -> Iterator[None]:
     """Meanwhile Inductor calls the operators' references: for a graph in which a template failed."""
-    operators = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.block_grad.default)
+    operators: tuple[Any, ...] = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.block_grad.default)
     before = {operator: L[operator] for operator in operators}
     L.update({operator: _fallback(operator) for operator in operators})
     try:

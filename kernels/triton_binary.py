@@ -51,17 +51,16 @@ class Binary:
 
 def compile_kernel(name: str, path: Path, gpu: Gpu) -> Binary:
     """Compile kernel `name` of the source file `path` for `gpu`, with the launch parameters that stand in it."""
+    import triton
     from torch._inductor.runtime import triton_heuristics
 
     compiled: list[Any] = []
 
     def compile_only(*args: Any, **kwargs: Any) -> Any:
-        import triton
-
         compiled.append(triton.compiler.compile(*args, **kwargs))
         raise _Compiled
 
-    with virtual_device(gpu), patch.object(triton_heuristics.triton, "compile", compile_only):
+    with virtual_device(gpu), patch.object(triton, "compile", compile_only):
         autotuner = getattr(load(path), name)
         config = autotuner.configs[0]
         try:

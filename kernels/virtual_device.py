@@ -8,7 +8,6 @@ is forgotten, so that a real GPU of this process is seen again as it is.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -76,7 +75,7 @@ def _answers(gpu: Gpu) -> Iterator[tuple[Any, str, Any]]:
     from torch._subclasses import fake_tensor
 
     properties = _properties(gpu)
-    shared = {
+    shared: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -181,7 +180,9 @@ def _forget_devices() -> None:
         except ImportError:
             continue
         for name in names:
-            function = functools.reduce(lambda scope, part: getattr(scope, part, None), name.split("."), module)
+            function: Any = module
+            for part in name.split("."):
+                function = getattr(function, part, None)
             clear = getattr(function, "cache_clear", None)
             if clear is not None:
                 clear()
