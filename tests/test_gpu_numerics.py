@@ -100,10 +100,10 @@ def test_linear_in_blocks(block: int, transposed: bool, rows: int) -> None:
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_block_grad(dtype: torch.dtype, block: int) -> None:
     support = flat_butterfly(300, 200, block, 1)
-    a, x = torch.randn(90, 300).to(dtype), torch.randn(90, 200).to(dtype)
+    a, x, t = (torch.randn(90, columns).to(dtype) for columns in (300, 200, 16))
     check(
-        lambda a, x, index: (torch.ops.pixelfly.block_grad(a, x, None, index, block, block)[0],),
-        [a, x, ops.support_index(support)],
+        lambda a, x, t, index: torch.ops.pixelfly.block_grad(a, x, t, index, block, block),
+        [a, x, t, ops.support_index(support)],
         kernels=1,
     )
 
