@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from pixelfly_compiler.backend import weight_positions, own_copy
+from pixelfly_compiler.backend import own_copy, weight_positions
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.decision import Entry
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
