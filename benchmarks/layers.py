@@ -109,10 +109,10 @@ def pixelfly(p: Problem) -> Contender:
 
     THE ADAPTER: the only place in this file that knows our kernels.
     """
-    from pixelfly_compiler.kernels import lowering_cpu, ops, projection
+    from pixelfly_compiler.kernels import lowering, ops, projection
     from pixelfly_compiler.kernels.support import flat_butterfly, strides_within
 
-    lowering_cpu.register()  # the backend does this for its users
+    lowering.register()  # the backend does this for its users
     rank = int(p.lowrank_share * p.kept * p.outputs * p.inputs / (p.outputs + p.inputs)) // 16 * 16
     left = p.kept - rank * (p.outputs + p.inputs) / (p.outputs * p.inputs)
     strides = strides_within(p.outputs, p.inputs, p.block, left)

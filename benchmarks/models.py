@@ -137,8 +137,9 @@ class Case:
     def workload(self) -> Workload:
         torch.manual_seed(0)
         workload = MODELS[self.model](self.tiny)
-        if hasattr(workload.model, "set_attn_implementation"):
-            workload.model.set_attn_implementation(self.attention)
+        choose: Any = getattr(workload.model, "set_attn_implementation", None)
+        if choose is not None:
+            choose(self.attention)
         return workload
 
     def autocast(self) -> torch.autocast:
@@ -390,7 +391,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         for row in rows:
             if "child_error" in row:
                 print(f"  {row['contender']}: no memory or compile time: {row['child_error']}", file=sys.stderr)
-        facts = {"model": case.model, "dtype": case.dtype, "mode": case.mode}
+        facts: dict[str, Any] = {"model": case.model, "dtype": case.dtype, "mode": case.mode}
         facts |= {"budget": case.budget, "attention": case.attention}
         if not case.tiny:
             append_rows("models", ({**facts, **row} for row in rows))

@@ -1,16 +1,14 @@
 """CPU lowerings: each `pixelfly::` operator becomes a TorchInductor C++ template, with pointwise epilogues fused.
 
 Everything private of Inductor that the CPU side leans on stands in this file. The C++ itself is in `templates/`.
-What a template cannot take (other dtypes, odd ranks) runs the operator's reference, as a call from the generated code.
+What a template cannot take (other dtypes, odd ranks) is answered with None.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +20,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor import ir
 
 # Before the templates: Inductor's own import order, another one is circular.
-from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, register_lowering  # isort: skip
 from torch._inductor.lowering import lowerings as L  # isort: skip
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
@@ -31,6 +28,8 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.ir import FixedLayout, IRNode, TensorBox
 from torch._inductor.utils import parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
+
+from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static, row_major
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
@@ -180,24 +179,7 @@ def _is_read(output: int) -> bool:
     return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)
 
 
-def _row_major(x: TensorBox) -> TensorBox:
-    """x (rows, columns) in memory with neighbouring columns and a static leading dimension; copied only if needed."""
-    x = ir.ExternKernel.realize_input(x)
-    if isinstance(x.get_layout(), ir.FlexibleLayout):
-        x.freeze_layout()
-    leading, unit = x.get_stride()
-    return x if unit == 1 and isinstance(leading, (int, sympy.Integer)) else ir.ExternKernel.require_contiguous(x)
-
-
-def _contiguous(x: TensorBox) -> TensorBox:
-    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
-
-
-def _static(*sizes: Any) -> bool:
-    return all(isinstance(size, (int, sympy.Integer)) for size in sizes)
-
-
-def _lower_linear(
+def lower_linear(
     x: TensorBox,
     blocks: TensorBox,
     u: TensorBox | None,
@@ -205,24 +187,25 @@ def _lower_linear(
     index: TensorBox | None,
     features: int,
     transposed: bool,
-) -> tuple[TensorBox, TensorBox]:
+) -> tuple[TensorBox, TensorBox] | None:
+    """(y, t), or None where the template does not apply."""
     *lead, k = x.get_size()
     nnz, b_out, b_in = blocks.get_size()
     rank = 0 if v is None else v.get_size()[1]
-    supported = x.get_dtype() in _DTYPES and _static(k, nnz, b_out, b_in, rank, features) and nnz > 0
-    if not supported or b_out % 16 or b_in % 16 or rank % 16 or x.get_device().type != "cpu":
-        return _fallback(torch.ops.pixelfly.linear.default)(x, blocks, u, v, index, features, transposed)
+    supported = x.get_dtype() in _DTYPES and is_static(k, nnz, b_out, b_in, rank, features) and nnz > 0
+    if not supported or b_out % 16 or b_in % 16 or rank % 16:
+        return None
     rows = sympy_product(lead)
-    x = _row_major(L[torch.ops.aten.view](x, [rows, k]))
-    inputs = {"X": x, "BLOCKS": _contiguous(blocks)}
+    x = row_major(L[torch.ops.aten.view](x, [rows, k]))
+    inputs = {"X": x, "BLOCKS": contiguous(blocks)}
     if rank:
-        inputs |= {"U": _contiguous(u), "V": _contiguous(v)}
+        inputs |= {"U": contiguous(u), "V": contiguous(v)}
     t = _empty(x, [rows, rank])
     stores_t = rank > 0 and _is_read(1)
     if stores_t:
         inputs["T"] = t
     if index is not None:
-        inputs["INDEX"] = _contiguous(index)
+        inputs["INDEX"] = contiguous(index)
     params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
     y = _call("linear", inputs, [rows, features], params | {"stores_t": stores_t}, ["T"] if stores_t else [])
     view = L[torch.ops.aten.view]
@@ -261,25 +244,26 @@ def _linear_params(
     }
 
 
-def _lower_block_grad(
+def lower_block_grad(
     a: TensorBox, x: TensorBox, t: TensorBox | None, index: TensorBox | None, b_out: int, b_in: int
-) -> tuple[TensorBox, TensorBox]:
+) -> tuple[TensorBox, TensorBox] | None:
+    """The gradients of blocks and u, or None where the template does not apply."""
     out_features = a.get_size()[1]
     in_features = x.get_size()[1]
     rank = 0 if t is None else t.get_size()[1]
     index_size = None if index is None else index.get_size()[0]
-    supported = x.get_dtype() in _DTYPES and _static(out_features, in_features, rank) and x.get_device().type == "cpu"
+    supported = x.get_dtype() in _DTYPES and is_static(out_features, in_features, rank)
     if not supported or b_out % 16 or b_in % 16 or rank % 16:
-        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, t, index, b_out, b_in)
+        return None
     block_rows, block_cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     nnz = block_rows * block_cols if index is None else (int(index_size) - block_rows - block_cols - 2) // 4
     if nnz == 0:
-        return _fallback(torch.ops.pixelfly.block_grad.default)(a, x, t, index, b_out, b_in)
-    inputs = {"A": _row_major(a), "X": _row_major(x)} | ({} if index is None else {"INDEX": _contiguous(index)})
+        return None
+    inputs = {"A": row_major(a), "X": row_major(x)} | ({} if index is None else {"INDEX": contiguous(index)})
     gu = _empty(a, [out_features, rank])
     rank = rank if _is_read(1) else 0
     if rank:
-        inputs |= {"T": _contiguous(t), "GU": gu}
+        inputs |= {"T": contiguous(t), "GU": gu}
     params = {
         "out_features": out_features,
         "in_features": in_features,
@@ -295,32 +279,3 @@ def _lower_block_grad(
     }
     flat = _call("block_grad", inputs, [nnz * b_out, b_in], params, ["GU"] if rank else [])
     return L[torch.ops.aten.view](flat, [nnz, b_out, b_in]), gu
-
-
-def _fallback(op: Any) -> Callable[..., Any]:
-    return fallback_handler(op, add_to_fallback_set=False)
-
-
-@functools.cache
-def register() -> None:
-    """Register the lowerings with Inductor; once per process."""
-    lowered = {
-        torch.ops.pixelfly.linear.default: _lower_linear,
-        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
-    }
-    for overload, lowering in lowered.items():
-        register_lowering(overload, type_promotion_kind=None)(lowering)
-    # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
-    add_needs_realized_inputs(list(lowered))
-
-
-@contextmanager
-def references_only() -> Iterator[None]:
-    """Meanwhile Inductor calls the operators' references: for a graph in which a template failed."""
-    operators = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.block_grad.default)
-    before = {operator: L[operator] for operator in operators}
-    L.update({operator: _fallback(operator) for operator in operators})
-    try:
-        yield
-    finally:
-        L.update(before)

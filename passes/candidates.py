@@ -23,7 +23,6 @@ from pixelfly_compiler.kernels.support import flat_butterfly, max_strides
 from pixelfly_compiler.passes.cost import Device, dense_time, kept_of, sparse_time
 from pixelfly_compiler.passes.sites import Site, SiteConfig
 
-BLOCKS = (64, 32, 16)  # in order of preference
 HARDWARE_BLOCK = 16
 LOWRANK_SHARE = (1 / 4, 1 / 3)
 WIDER_SHARE = (1 / 6, 1 / 2)

@@ -1,7 +1,8 @@
 """What a site costs: sympy expressions of flops, bytes and parameters, and a roofline model of the time they take.
 
-`Device` holds the constants of the model. `calibrate()` measures them once per machine (CPU model, torch version and
-number of threads), in about a second, and keeps them in the user's cache folder; nothing is measured on import.
+`Device` holds the constants of the model. For a CPU `calibrate()` measures them once per machine (CPU model, torch
+version and number of threads), in about a second, and keeps them in the user's cache folder; nothing is measured on
+import. For a GPU they come from its data sheet, and what share of it is reached is an estimate: see `gpu_device`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 import sympy
 import torch
 
+from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.support import kept_elements
 from pixelfly_compiler.passes.sites import Site, SiteConfig
 
@@ -86,18 +88,29 @@ class Device:
     # Our kernels' share of the peak rate on kept flops; thin matmuls with the low-rank factors reach less.
     block_efficiency: dict[int, float] = field(default_factory=lambda: {16: 0.45, 32: 0.80, 64: 0.87, 128: 0.90})
     lowrank_efficiency: float = 0.70
+    lowrank_overhead: float = 0.0  # of the product with v, where it is a kernel that has to be launched
+    blocks: tuple[int, ...] = (64, 32, 16)  # block sizes in order of preference
 
 
-# Tensor cores make dense cheap, and blocks below 64 pointless.
-GPU = Device(
-    name="cuda (defaults)",
-    dense_rate=_rates(50e12, 650e12, 650e12),
-    peak_rate=_rates(50e12, 650e12, 650e12),
-    bandwidth=3e12,
-    overhead=3e-6,
-    block_efficiency={16: 0.05, 32: 0.2, 64: 0.5, 128: 0.75},
-    lowrank_efficiency=0.5,
-)
+def gpu_device(gpu: Gpu) -> Device:
+    """The time model of a GPU. Data sheets give rates; the shares reached are estimates, not measurements.
+
+    Both cuBLAS and our kernels are taken to reach 70% of the sheet on large matmuls. fp32 without tf32 runs outside of
+    the tensor cores, where our kernels reach about half of what cuBLAS does.
+    """
+    fp32 = gpu.tf32_rate if torch.backends.cuda.matmul.allow_tf32 else gpu.fp32_rate
+    exact = fp32 == gpu.fp32_rate
+    return Device(
+        name=f"{gpu.name} ({gpu.target}, data sheet)",
+        dense_rate=_rates(0.7 * fp32, 0.7 * gpu.half_rate, 0.7 * gpu.half_rate),
+        peak_rate=_rates((0.35 if exact else 0.7) * fp32, 0.7 * gpu.half_rate, 0.7 * gpu.half_rate),
+        bandwidth=0.85 * gpu.bandwidth,
+        overhead=3e-6,
+        block_efficiency={16: 0.1, 32: 0.3, 64: 0.6, 128: 0.75},
+        lowrank_efficiency=0.5,
+        lowrank_overhead=3e-6,
+        blocks=(128, 64, 32),
+    )
 
 
 def _roofline(flop_time: float, byte_time: float, device: Device) -> float:
@@ -120,6 +133,7 @@ def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool =
     flop_time = evaluate(BLOCK_FLOPS, site, config) / (peak * device.block_efficiency[config.block])
     flop_time += evaluate(LOWRANK_FLOPS, site, config) / thin_rate
     forward = _roofline(flop_time, evaluate(SPARSE_BYTES, site, config) / device.bandwidth, device)
+    forward += device.lowrank_overhead if config.rank else 0.0
     if not training:
         return forward
     projection = evaluate(PROJECTION_FLOPS, site, config) / thin_rate
@@ -130,8 +144,9 @@ def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool =
 
 
 def device_for(kind: str) -> Device:
-    """The device model for sites on "cpu" (calibrated, from the cache if it can) or on an accelerator."""
-    return _agreed(calibrate()) if torch.device(kind).type in ("cpu", "meta") else GPU
+    """The device model for sites on a GPU; anywhere else that of the CPU (calibrated, from the cache if it can)."""
+    device = torch.device(kind)
+    return gpu_device(gpu_of(device)) if device.type == "cuda" else _agreed(calibrate())
 
 
 _agreements: WeakKeyDictionary[Any, Device] = WeakKeyDictionary()
@@ -195,6 +210,7 @@ def cache_folder() -> Path:
 
 def _from_json(text: str) -> Device:
     values: dict[str, Any] = json.loads(text)
+    values["blocks"] = tuple(values["blocks"])
     values["block_efficiency"] = {int(block): share for block, share in values["block_efficiency"].items()}
     return Device(**values)
 

@@ -1,13 +1,15 @@
 """pixelfly_compiler: torch.compile(model, backend="pixelfly") makes the matmuls of a PyTorch model sparse.
 
-The public surface: the backend, `plan` (what would be done, and why), `project_` and `project` (what it means), and
-compact models: `sparsify_`, `densify_`, `load_weights_`, `factors`, `plan_of`.
+The public surface: the backend, `plan` (what would be done, and why), `emit` (GPU code, without a GPU), `project_` and
+`project` (what it means), and compact models: `sparsify_`, `densify_`, `load_weights_`, `factors`, `plan_of`.
 """
 
 from pixelfly_compiler.backend import pixelfly
 from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.emit import Emission, EmittedKernel, emit
 from pixelfly_compiler.errors import (
     CompactError,
+    EmitError,
     OptionError,
     PixelflyError,
     PlanError,
@@ -21,6 +23,9 @@ from pixelfly_compiler.sparsify import densify_, factors, load_weights_, plan_of
 __version__ = "0.1.0"
 __all__ = [
     "CompactError",
+    "Emission",
+    "EmitError",
+    "EmittedKernel",
     "Entry",
     "OptionError",
     "PixelflyError",
@@ -30,6 +35,7 @@ __all__ = [
     "SiteConfig",
     "UnknownSiteError",
     "densify_",
+    "emit",
     "factors",
     "load_weights_",
     "pixelfly",

@@ -29,6 +29,7 @@ from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.kernels.gpus import why_no_kernels
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names, placeholders
@@ -54,27 +55,27 @@ def pixelfly(
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
-    gm = _own_copy(gm)
+    gm = own_copy(gm)
     folded = fold_densify(gm, _has_kernels)
     names = parameter_names(gm, example_inputs)
     found = _dense_without_kernels(find_sites(gm, example_inputs, names))
     asked = len(inductor_options) < len(options or {})
     settled = set() if asked else _settled(names, placeholders(gm), example_inputs)
     found = _dense_if_settled(found, settled)
-    weights = _weight_positions(gm, names)
+    weights = weight_positions(gm, names)
     plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
-    configs = _configs(found, plan)
+    configs = sparse_configs(found, plan)
     if not configs and (folded or settled):
-        return _inductor(gm, example_inputs, patches)
+        return inductor(gm, example_inputs, patches)
     if not configs:
-        return announcer.watch(_inductor(gm, example_inputs, patches), plan, whole)
+        return announcer.watch(inductor(gm, example_inputs, patches), plan, whole)
     _check_basis(plan, [example_inputs[weights[name]] for name in configs])
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _trace(plan)
     announcer.sparse(plan, found, {name: example_inputs[weights[name]] for name in configs}, whole)
-    inputs = [*(example_inputs[position] for position in rewritten.kept), *_examples(compact(tuple(example_inputs)))]
-    compiled = _inductor(gm, inputs, patches)
+    inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
+    compiled = inductor(gm, inputs, patches)
 
     def run(*args: Any) -> Any:
         return compiled(*_inputs(rewritten, compact, args))
@@ -92,7 +93,7 @@ def _reset() -> None:
 pixelfly.reset = _reset  # type: ignore[attr-defined]
 
 
-def _own_copy(gm: GraphModule) -> GraphModule:
+def own_copy(gm: GraphModule) -> GraphModule:
     """A copy of the graph to rewrite: Dynamo still reads its own graph after the backend returns."""
     own = _copy_of_graph(gm)
     if hasattr(gm, "_param_name_to_source"):
@@ -130,7 +131,7 @@ def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...])
     return [*(args[position] for position in rewritten.kept), *compact(args)]
 
 
-def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
+def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The compact inputs as AOTAutograd is to see them: leaves of static shape, also where Dynamo's are dynamic."""
     context = torch._guards.TracingContext.try_get()
     leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
@@ -139,13 +140,13 @@ def _examples(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [context.fake_mode.from_tensor(leaf, static_shapes=True) for leaf in leaves]
 
 
-def _weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
+def weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
     """Parameter name -> position among the graph's inputs."""
     return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cpu"
+    return why_no_kernels(device) is None
 
 
 def _settled(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Sequence[Any]) -> set[str]:
@@ -165,9 +166,7 @@ def _dense_if_settled(found: Found, settled: set[str]) -> Found:
 def _dense_without_kernels(found: Found) -> Found:
     """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
     sites = tuple(
-        replace(site, reason=f"no kernels for device {site.device!r} yet")
-        if site.reason is None and not _has_kernels(torch.device(site.device))
-        else site
+        replace(site, reason=why_no_kernels(torch.device(site.device))) if site.reason is None else site
         for site in found.sites
     )
     return replace(found, sites=sites)
@@ -189,7 +188,7 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     return plan
 
 
-def _configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
+def sparse_configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
     """Site name -> config, for the sites of this graph that the plan makes sparse."""
     configs: dict[str, SiteConfig] = {}
     for site in found.sites:
@@ -213,15 +212,22 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any]) -> dict[str,
     return {**(list_mode_options(mode) if mode else {}), **options}
 
 
-def _inductor(gm: GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> Callable[..., Any]:
-    """Inductor with our lowerings."""
+def inductor(
+    gm: GraphModule,
+    inputs: Sequence[Any],
+    patches: Mapping[str, Any],
+    inner_compile: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Inductor with our lowerings. `inner_compile` makes code of a single graph, forward or backward."""
     from torch._inductor.compile_fx import compile_fx
 
-    from pixelfly_compiler.kernels import lowering_cpu
+    from pixelfly_compiler.kernels import lowering
 
-    lowering_cpu.register()
+    lowering.register()
     with _cache_tag():
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=_inner_compile, config_patches=dict(patches))
+        compiled: Any = compile_fx(
+            gm, list(inputs), inner_compile=inner_compile or _inner_compile, config_patches=dict(patches)
+        )
     return compiled
 
 
@@ -258,9 +264,9 @@ def _with_references(gm: GraphModule, example_inputs: Sequence[Any], kwargs: Map
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    from pixelfly_compiler.kernels import lowering_cpu
+    from pixelfly_compiler.kernels import lowering
 
-    with lowering_cpu.references_only(), config.patch(fx_graph_cache=False, fx_graph_remote_cache=False):
+    with lowering.references_only(), config.patch(fx_graph_cache=False, fx_graph_remote_cache=False):
         return compile_fx_inner(gm, example_inputs, **kwargs)
 
 

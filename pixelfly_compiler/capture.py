@@ -38,12 +38,24 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     records: list[Record] = []
     token = _records.set(records)
     try:
-        with _unchanged(model), torch.no_grad():
-            torch.compile(model, backend=_recording_backend, **_apart())(*args, **(kwargs or {}))
+        run_once(model, args, kwargs, _recording_backend)
     finally:
         _records.reset(token)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     return _with_aliases(merge(found), aliases(model))
+
+
+def run_once(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    backend: Callable[..., Any],
+    *,
+    grad: bool = False,
+) -> None:
+    """Run the model once with its graphs handed to `backend`; the model and the random state stay as they were."""
+    with _unchanged(model), torch.set_grad_enabled(grad):
+        torch.compile(model, backend=backend, **_apart())(*args, **(kwargs or {}))
 
 
 def _apart() -> dict[str, Any]:

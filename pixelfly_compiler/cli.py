@@ -1,4 +1,4 @@
-"""The `pixelfly` command: look at a plan, or measure this machine, without writing Python."""
+"""The `pixelfly` command: look at a plan, emit GPU code, or measure this machine, without writing Python."""
 
 from __future__ import annotations
 
@@ -39,6 +39,28 @@ def plan(target: str, json_path: str | None, **options: Any) -> None:
             made.save(json_path)
     except (PixelflyError, OSError) as cause:
         raise click.ClickException(str(cause)) from cause
+
+
+@main.command()
+@click.argument("source", metavar="FILE.py:FACTORY")
+@click.option("--target", default="cuda:90", show_default=True, help="The GPU, as Triton counts architectures.")
+@click.option("--out-dir", default="emitted", show_default=True, type=click.Path(file_okay=False))
+@click.option("--training", is_flag=True, help="Emit the gradients too.")
+@click.option("--budget", default=0.25, show_default=True, help="Share of the dense compute that may be kept.")
+@click.option("--block-size", type=int, default=None, help="16, 32, 64 or 128; by default chosen per site.")
+@click.option("--force", is_flag=True, help="Make sites sparse even where dense is predicted faster.")
+def emit(source: str, **options: Any) -> None:
+    """Write the GPU code of the model that FACTORY returns, on a machine with or without a GPU."""
+    from pixelfly_compiler.emit import emit as write
+
+    model, args, kwargs = _call(_factory(source), source)
+    try:
+        emission = write(model, args, kwargs, **options)
+    except (PixelflyError, OSError) as cause:
+        raise click.ClickException(str(cause)) from cause
+    click.echo(str(emission.plan))
+    click.echo(str(emission))
+    click.echo(f"written to {emission.folder}")
 
 
 @main.command()

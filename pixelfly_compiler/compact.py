@@ -185,6 +185,22 @@ class CompactInputs:
             self.indices = {i: self._index(args, form) for i, form in enumerate(self.forms)}
         return [self.indices[i] if part == "index" else made[i][part] for i, part in self.parts]
 
+    def examples(self, args: tuple[Any, ...]) -> list[Tensor]:
+        """Uninitialised tensors like those of a call, where only shapes matter: no weight is projected."""
+        return [self._example(args[self.forms[i].weight], self.forms[i], part) for i, part in self.parts]
+
+    def _example(self, weight: Tensor, form: Form, part: str) -> Tensor:
+        support, rank, block = _support(_oriented(weight, form), form.config), form.config.rank, form.config.block
+        if part == "index":
+            return support_index(support, weight.device)
+        shapes = {
+            "blocks": (support.nnz, block, block),
+            "u": (support.out_features, rank),
+            "v": (support.in_features, rank),
+        }
+        example = torch.empty(shapes[part], dtype=form.dtype, device=weight.device)
+        return example.requires_grad_(part != "v" and weight.requires_grad and torch.is_grad_enabled())
+
     def _parts(self, weight: Tensor, form: Form) -> dict[str, Tensor]:
         compact = self.weights.get(weight, form)
         blocks, u = compact.blocks, compact.u

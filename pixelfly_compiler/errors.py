@@ -31,6 +31,10 @@ class CompactError(PixelflyError):
     """A model that cannot be made compact, or dense again, as it is."""
 
 
+class EmitError(PixelflyError):
+    """Code for a GPU that cannot be emitted here."""
+
+
 class UnknownSiteError(PlanError, KeyError):
     """A weight name that the plan does not have."""
 

@@ -113,7 +113,9 @@ class _Problem:
         self.free = {role: sites for role, sites in self.free.items() if sites}
         fixed = [(site, *choice[site.name]) for sites in members.values() for site in sites if site.name in choice]
         self.fixed = [(site, _kept_flops(site, settled), settled) for site, settled, _ in fixed]
-        self.blocks = (config.block_size,) if config.block_size else ways.BLOCKS
+        first = next((site for sites in self.free.values() for site in sites), None)
+        preferred = self.device_of(first).blocks if first else ()
+        self.blocks = (config.block_size,) if config.block_size else preferred
         self._ways: dict[tuple[str, int], list[ways.Candidate]] = {}
 
     def device_of(self, site: Site) -> Device:

@@ -6,7 +6,7 @@ import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from shutil import get_terminal_size
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,6 +18,9 @@ from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.oracle import project
 from pixelfly_compiler.passes.sites import Found
 
+if TYPE_CHECKING:
+    from pixelfly_compiler.emit import Emission
+
 
 def render(plan: Plan, width: int | None = None) -> str:
     """The table as plain text, repeated layers folded into one row."""
@@ -26,6 +29,29 @@ def render(plan: Plan, width: int | None = None) -> str:
     console.print(table(plan))
     for line in summary(plan):
         console.print(line, markup=False, highlight=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def render_emission(emission: Emission) -> str:
+    """The kernels as a table, ours first."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    result.add_column("kernel", overflow="fold", ratio=4)
+    result.add_column("sites", overflow="fold", ratio=3)
+    for column in ("graph", "registers", "spills", "shared", "tensor core", "predicted"):
+        result.add_column(column, justify="right", overflow="fold")
+    for kernel in sorted(emission.kernels, key=lambda kernel: not kernel.sites):
+        cores = ", ".join(f"{count} {kind}" for kind, count in kernel.tensor_core.items())
+        sites = f"{_common_name(kernel.sites)} ({len(kernel.sites)})" if kernel.sites else ""
+        seconds = "" if kernel.seconds is None else f"{kernel.seconds * 1e6:.1f} us"
+        shared = f"{kernel.shared_memory / 1024:.0f} KiB"
+        usage = [kernel.graph, str(kernel.registers), str(kernel.spills), shared, cores, seconds]
+        result.add_row(kernel.name, sites, *usage)
+    console = Console(file=io.StringIO(), width=160, color_system=None, legacy_windows=False)
+    console.print(
+        f"{emission.target}: {len(emission.kernels)} kernels, {len(emission.wrappers)} graphs", highlight=False
+    )
+    console.print(result)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
 

@@ -15,7 +15,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import run_and_get_code
 
-from pixelfly_compiler.kernels import lowering_cpu, ops
+from pixelfly_compiler.kernels import lowering, ops
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:
-    lowering_cpu.register()
+    lowering.register()
     # Inductor's graph cache knows nothing of our sources; the backend tells it, these tests go around the backend.
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from pixelfly_compiler.backend import _own_copy, _weight_positions
+from pixelfly_compiler.backend import own_copy, weight_positions
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.decision import Entry
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
@@ -61,11 +61,11 @@ def rewritten(model: nn.Module, *args: Any, config: SiteConfig | None = CONFIG, 
     results: list[Result] = []
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        after = _own_copy(gm)
+        after = own_copy(gm)
         names = parameter_names(after, inputs)
         found = find_sites(after, inputs, names)
         configs = {} if config is None else {s.name: config for s in found.sites if s.reason is None}
-        outcome = rewrite(after, found.matches, configs, _weight_positions(after, names))
+        outcome = rewrite(after, found.matches, configs, weight_positions(after, names))
         compact = CompactInputs(outcome.added, CompactWeights(), "fixed")
 
         def run(*given: Any) -> Any:

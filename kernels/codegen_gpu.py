@@ -1,0 +1,159 @@
+"""GPU code for a graph, on a machine without the GPU: Inductor's own way up to the point where it would load the code.
+
+    aten graph on the CPU  --`to_device`-->  the same graph on cuda:0  --compile_fx_inner on a virtual device-->  `Code`
+
+The graph is traced on the CPU because autograd needs a real device (a CPU build of torch cannot run a CUDA backward,
+not even on fake tensors). From AOTAutograd on, nothing is different from a machine that has the GPU.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from pixelfly_compiler.kernels import lowering_gpu
+from pixelfly_compiler.kernels.gpus import Gpu
+from pixelfly_compiler.kernels.virtual_device import virtual_device
+
+_GPU = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Code:
+    """What Inductor made of one graph: the wrapper's source, and by kernel name the Triton source of each kernel.
+
+    `nodes`: for our kernels, the names of the graph's nodes that they compute: several, if layers share a kernel.
+    """
+
+    wrapper: str
+    kernels: dict[str, str]
+    nodes: dict[str, tuple[str, ...]]
+    graph: GraphModule = field(repr=False)
+
+
+def generate(gm: GraphModule, example_inputs: Sequence[Any], gpu: Gpu, **kwargs: Any) -> Code:
+    """The code of `gm`, a graph as AOTAutograd hands it to Inductor, for `gpu`. `kwargs`: compile_fx_inner's."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    computed: dict[str, tuple[str, ...]] = {}
+
+    def listen(name: str, origins: tuple[Node, ...]) -> None:
+        ours = tuple(sorted(node.name for node in origins if getattr(node.target, "namespace", None) == "pixelfly"))
+        computed[name] = tuple(dict.fromkeys((*computed.get(name, ()), *ours)))
+
+    moved, inputs = to_device(gm, example_inputs)
+    with virtual_device(gpu), _scratch_caches(), _not_loaded() as wrappers, _listening(listen):
+        compile_fx_inner(moved, inputs, **kwargs)
+    wrapper = wrappers[0] if wrappers else ""
+    return Code(wrapper, _kernels(wrapper), computed, gm)
+
+
+# ------------------------------------------------------------------------------------------------------ to the device
+
+
+def to_device(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, list[Any]]:
+    """The graph with cuda:0 in place of the CPU, in its nodes' arguments and in its fake values; `gm` is changed."""
+    mode = torch._guards.detect_fake_mode(list(example_inputs))
+    inputs = [_moved(value, mode) for value in example_inputs]
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            node.args = map_aggregate(node.args, _device)
+            node.kwargs = map_aggregate(node.kwargs, _device)
+        elif node.op == "get_attr" and _is_large(getattr(gm, str(node.target), None)):
+            with gm.graph.inserting_after(node):
+                copy = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"device": _GPU})
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+    gm.recompile()
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
+    return gm, inputs
+
+
+def _device(value: Any) -> Any:
+    return _GPU if value == torch.device("cpu") and isinstance(value, torch.device) else value
+
+
+def _is_large(value: Any) -> bool:
+    """Constants with dimensions must be where the others are; numbers may stay on the CPU."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _moved(value: Any, mode: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    with mode:
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=_GPU)
+
+
+# ------------------------------------------------------------------------------------------- around Inductor's compile
+
+
+@contextlib.contextmanager
+def _scratch_caches() -> Iterator[None]:
+    """Nothing is read from or written to the caches of the machine."""
+    folder = tempfile.TemporaryDirectory(prefix="pixelfly-emit-", ignore_cleanup_errors=True)
+    variables = {"TORCHINDUCTOR_CACHE_DIR": folder.name, "TRITON_CACHE_DIR": os.path.join(folder.name, "triton")}
+    settings = {"fx_graph_cache": False, "fx_graph_remote_cache": False, "triton.cudagraphs": False}
+    untuned = {"max_autotune": False, "max_autotune_gemm": False, "max_autotune_pointwise": False}
+    with (
+        folder,
+        warnings.catch_warnings(),
+        patch.dict(os.environ, variables),
+        inductor_config.patch(settings | untuned),
+    ):
+        # Inductor's advice to switch tf32 on is for whoever runs the code.
+        warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+        yield
+
+
+@contextlib.contextmanager
+def _not_loaded() -> Iterator[list[str]]:
+    """The list gets the wrapper's source; its module, which would load the kernels, is not run."""
+    from torch._inductor.graph import GraphLowering
+
+    wrappers: list[str] = []
+
+    def compile_to_module(graph: Any) -> Any:
+        code = graph.codegen()[0]
+        wrappers.append(code.value if hasattr(code, "value") else code)
+        return SimpleNamespace(call=_not_here)
+
+    with patch.object(GraphLowering, "compile_to_module", compile_to_module):
+        yield wrappers
+
+
+def _not_here(*args: Any) -> Any:
+    raise RuntimeError("this code was generated for a GPU that is not here")
+
+
+@contextlib.contextmanager
+def _listening(listen: Any) -> Iterator[None]:
+    lowering_gpu.listeners.append(listen)
+    try:
+        yield
+    finally:
+        lowering_gpu.listeners.remove(listen)
+
+
+def _kernels(wrapper: str) -> dict[str, str]:
+    """Kernel name -> source, from the wrapper's `name = async_compile.triton("name", source, ...)`."""
+    found: dict[str, str] = {}
+    for call in (node for node in ast.walk(ast.parse(wrapper)) if isinstance(node, ast.Assign)):
+        value = call.value
+        if isinstance(value, ast.Call) and ast.unparse(value.func) == "async_compile.triton":
+            found[ast.unparse(call.targets[0])] = ast.literal_eval(value.args[1])
+    return found

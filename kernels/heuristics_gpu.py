@@ -1,0 +1,246 @@
+"""Launch parameters of the Triton templates: one function per family of GPUs, the only place where they are made.
+
+A *default* is what runs without autotuning; `linear_launches` and `block_grad_launches` list it first, then what
+`mode="max-autotune"` tries besides. All keep within the GPU's shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pixelfly_compiler.kernels.gpus import Gpu
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
+
+    `exact` asks for IEEE fp32 products, which no tensor core computes.
+    """
+
+    rows: int
+    in_features: int
+    out_features: int
+    block_k: int
+    block_n: int
+    rank: int
+    itemsize: int
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class LinearLaunch:
+    """Tile of one program: block_m rows by `groups` accumulators of block_n outputs each, block_k inputs per step.
+
+    Small blocks: `groups` block rows share a program, and a step gathers block_k / block of their blocks.
+    Large blocks: block_k is a part of a block. block_r is the step through the low-rank term; group_m row tiles
+    run next to each other, so that the weight stays in the L2 cache.
+    """
+
+    block_m: int
+    block_n: int
+    groups: int
+    block_k: int
+    block_r: int
+    group_m: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes that the stages of the pipeline hold."""
+        step = self.block_k * (self.block_m + self.block_n) * self.groups
+        return self.stages * step * itemsize
+
+
+@dataclass(frozen=True)
+class GradShape:
+    """What decides the launch of `block_grad`: rows, block rows, kept blocks, the block as (out, in), bytes."""
+
+    rows: int
+    block_rows: int
+    nnz: int
+    b_out: int
+    b_in: int
+    itemsize: int
+    exact: bool = False
+
+    @property
+    def per_row(self) -> int:
+        """Kept blocks of a block row, on average."""
+        return max(-(-self.nnz // self.block_rows), 1)
+
+
+@dataclass(frozen=True)
+class GradLaunch:
+    """Tile of one program: `pack` kept blocks of one block row, block_m rows of the inputs per step.
+
+    split > 1: as many programs share the rows of one tile; their fp32 results are added by a second kernel.
+    """
+
+    pack: int
+    block_m: int
+    split: int
+    warps: int
+    stages: int
+
+    def shared_memory(self, shape: GradShape) -> int:
+        return self.stages * self.block_m * (self.pack * shape.b_in + shape.b_out) * shape.itemsize
+
+
+# ------------------------------------------------------------------------------------------------------------- linear
+
+
+def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
+    """The default, then its variants, each once."""
+    default = _within(_LINEAR[gpu.family](shape), shape, gpu)
+    if shape.rows <= 64 or shape.exact:
+        others = [replace(default, stages=default.stages + 1), replace(default, warps=max(default.warps // 2, 1))]
+    else:
+        others = [
+            replace(default, stages=default.stages + 1),
+            replace(default, stages=default.stages - 1),
+            replace(default, block_m=default.block_m // 2, warps=max(default.warps // 2, 4)),
+            replace(default, block_m=default.block_m * 2, warps=8),
+            replace(default, block_k=default.block_k * 2, stages=default.stages - 1),
+        ]
+    fitting = [launch for launch in others if _is_sound(launch, shape, gpu)]
+    return list(dict.fromkeys([default, *fitting]))
+
+
+def _turing(shape: LinearShape) -> LinearLaunch:
+    return replace(_ampere(shape), stages=2)
+
+
+def _ampere(shape: LinearShape) -> LinearLaunch:
+    """mma.sync takes any tile of 16 x 8; shared memory is what limits the pipeline."""
+    launch = _common(shape, most_m=128, most_n=128)
+    wide = launch.block_n * launch.groups
+    step = 32 if wide > 64 or launch.groups > 1 else 64
+    return replace(launch, block_k=_step(shape, step), warps=8 if wide > 64 else 4, stages=3)
+
+
+def _hopper(shape: LinearShape) -> LinearLaunch:
+    """wgmma takes 64 rows per warp group and reads both operands from shared memory: deep pipelines, steps of 64.
+
+    Blackwell's tcgen05 takes 128 rows and accumulates in tensor memory; wide tiles need the 8 warps for the epilogue.
+    """
+    launch = _common(shape, most_m=128, most_n=128)
+    wide = launch.block_n * launch.groups
+    step = 64 if launch.groups == 1 else 32
+    return replace(launch, block_k=_step(shape, step), warps=8 if wide > 64 else 4, stages=4)
+
+
+def _cdna(shape: LinearShape) -> LinearLaunch:
+    """MFMA, warps of 64, 64 KiB of shared memory."""
+    launch = _common(shape, most_m=128, most_n=128)
+    return replace(launch, block_k=_step(shape, 32), warps=4, stages=2)
+
+
+_LINEAR: dict[str, Callable[[LinearShape], LinearLaunch]] = {
+    "turing": _turing,
+    "ampere": _ampere,
+    "hopper": _hopper,
+    "blackwell": _hopper,
+    "cdna": _cdna,
+}
+
+
+def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
+    """What all families agree on: tiles as tall as the rows allow, small blocks side by side up to 64 outputs."""
+    if shape.exact:
+        most_m, most_n = min(most_m, 64), min(most_n, 64)
+    block_m = min(max(_power_of_two(shape.rows), 16), most_m)
+    block_n = min(shape.block_n, most_n)
+    groups = max(64 // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
+    block_r = min(max(_power_of_two(shape.rank), 16), 64)
+    return LinearLaunch(block_m, block_n, groups, 32, block_r, 8, 4, 3)
+
+
+def _step(shape: LinearShape, most: int) -> int:
+    """Inputs per step: fp32 operands take twice the room, FMA without tensor cores wants short steps."""
+    if shape.exact:
+        return 16
+    return max(most * 2 // shape.itemsize, 16)
+
+
+def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
+    """The launch for few rows spread over more programs, and with no more stages than fit."""
+    if shape.exact:
+        launch = replace(launch, warps=8)
+    if shape.rows <= 64:
+        launch = replace(launch, groups=1)
+        while launch.block_n > 16 and 2 * shape.out_features < launch.block_n * gpu.multiprocessors:
+            launch = replace(launch, block_n=launch.block_n // 2)
+    while launch.stages > 1 and launch.shared_memory(shape.itemsize) > _room(gpu):
+        launch = replace(launch, stages=launch.stages - 1)
+    return launch
+
+
+def _is_sound(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> bool:
+    fits = launch.shared_memory(shape.itemsize) <= _room(gpu)
+    registers = launch.block_m * launch.block_n * launch.groups <= 128 * 128 * (launch.warps // 4 or 1)
+    return fits and registers and launch.stages >= 1 and launch.block_m >= 16 and launch.block_k <= 128
+
+
+# --------------------------------------------------------------------------------------------------------- block_grad
+
+
+def block_grad_launches(shape: GradShape, gpu: Gpu) -> list[GradLaunch]:
+    """The default, then its variants, each once."""
+    default = _grad_default(shape, gpu)
+    others = [
+        replace(default, stages=default.stages + 1),
+        replace(default, block_m=default.block_m * 2, stages=max(default.stages - 1, 1)),
+        replace(default, pack=max(default.pack // 2, 1)),
+        replace(default, split=default.split * 2),
+    ]
+    fitting = [
+        launch for launch in others if launch.shared_memory(shape) <= _room(gpu) and launch.split <= _most_split(shape)
+    ]
+    return list(dict.fromkeys([default, *fitting]))
+
+
+def _grad_default(shape: GradShape, gpu: Gpu) -> GradLaunch:
+    pack = _pack(shape, gpu)
+    tile = pack * shape.b_in * shape.b_out
+    block_m = 16 if shape.exact else 64 * 2 // shape.itemsize
+    stages = {"turing": 2, "cdna": 2}.get(gpu.family, 3)
+    launch = GradLaunch(pack, block_m, 1, 8 if tile > 64 * 128 and gpu.family != "blackwell" else 4, stages)
+    while launch.stages > 1 and launch.shared_memory(shape) > _room(gpu):
+        launch = replace(launch, stages=launch.stages - 1)
+    tiles = shape.block_rows * -(-shape.per_row // pack)
+    split = 1
+    while split < _most_split(shape) and tiles * split * 2 <= 2 * gpu.multiprocessors:
+        split *= 2
+    return replace(launch, split=split)
+
+
+def _pack(shape: GradShape, gpu: Gpu) -> int:
+    """Blocks of a row per program: up to 128 columns (64 without tensor cores), if little of it is empty.
+
+    Hopper's and Blackwell's tensor cores take 64 columns or more, empty or not.
+    """
+    most = 64 if shape.exact else 128
+    if gpu.family in ("hopper", "blackwell") and not shape.exact and shape.per_row * shape.b_in <= 64:
+        return max(64 // shape.b_in, 1)
+    pack = 1
+    while 2 * pack * shape.b_in <= most and pack < shape.per_row:
+        pack *= 2
+    while pack > 1 and -(-shape.per_row // pack) * pack > 1.25 * shape.per_row:
+        pack //= 2
+    return pack
+
+
+def _most_split(shape: GradShape) -> int:
+    """Every part gets 512 rows or more: the sum of the parts has to pay."""
+    return max(shape.rows // 512, 1)
+
+
+def _room(gpu: Gpu) -> int:
+    return gpu.shared_memory - (4 << 10)  # barriers, layout conversions
+
+
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -1,0 +1,74 @@
+"""What Inductor does with a `pixelfly::` operator: the lowering of the device its input is on.
+
+A lowering answers None to what it cannot take (dtypes, odd sizes, other devices): then the generated code calls the
+operator's reference.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# Before any template: Inductor's own import order, another one is circular.
+from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, register_lowering
+
+from torch._inductor.lowering import lowerings as L  # isort: skip
+
+
+def _module(device: torch.device) -> ModuleType | None:
+    """The lowerings of a device; Triton is imported only when a GPU is compiled for."""
+    if device.type == "cpu":
+        from pixelfly_compiler.kernels import lowering_cpu
+
+        return lowering_cpu
+    if device.type == "cuda":
+        from pixelfly_compiler.kernels import lowering_gpu
+
+        return lowering_gpu
+    return None
+
+
+def _lower_linear(x: Any, *args: Any) -> Any:
+    module = _module(x.get_device())
+    lowered = module.lower_linear(x, *args) if module else None
+    return lowered or _fallback(torch.ops.pixelfly.linear.default)(x, *args)
+
+
+def _lower_block_grad(a: Any, *args: Any) -> Any:
+    module = _module(a.get_device())
+    lowered = module.lower_block_grad(a, *args) if module else None
+    return lowered or _fallback(torch.ops.pixelfly.block_grad.default)(a, *args)
+
+
+def _fallback(op: Any) -> Callable[..., Any]:
+    return fallback_handler(op, add_to_fallback_set=False)
+
+
+@functools.cache
+def register() -> None:
+    """Register the lowerings with Inductor; once per process."""
+    lowered = {
+        torch.ops.pixelfly.linear.default: _lower_linear,
+        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
+    }
+    for overload, lower in lowered.items():
+        register_lowering(overload, type_promotion_kind=None)(lower)
+    # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
+    add_needs_realized_inputs(list(lowered))
+
+
+@contextmanager
+def references_only() -> Iterator[None]:
+    """Meanwhile Inductor calls the operators' references: for a graph in which a template failed."""
+    operators: tuple[Any, ...] = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.block_grad.default)
+    before = {operator: L[operator] for operator in operators}
+    L.update({operator: _fallback(operator) for operator in operators})
+    try:
+        yield
+    finally:
+        L.update(before)

@@ -1,0 +1,188 @@
+"""A GPU that is not there: what torch and Triton ask a device for, answered from a description.
+
+Inside `virtual_device(gpu)` Inductor generates code for `gpu` and Triton compiles it, on any machine and any build of
+torch; nothing can be launched. Everything replaced is put back at the end, and what was cached about devices in between
+is forgotten, so that a real GPU of this process is seen again as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
+
+# Functions that remember facts of the current device. Those that a version of torch lacks are passed over.
+_CACHED = {
+    "torch.utils._triton": (
+        "has_triton",
+        "has_triton_experimental_host_tma",
+        "has_triton_tensor_descriptor_host_tma",
+        "has_triton_tma",
+        "has_triton_tma_device",
+        "has_triton_stable_tma_api",
+        "has_datacenter_blackwell_tma_device",
+        "_device_supports_tma",
+        "triton_backend",
+        "triton_hash_with_backend",
+    ),
+    "torch._inductor.utils": (
+        "get_gpu_type",
+        "is_big_gpu",
+        "get_max_num_sms",
+        "using_b200",
+        "get_backend_num_stages",
+        "get_device_tflops",
+        "get_gpu_dram_gbps",
+        "_triton_supported_fp8_dtypes",
+        "_rocm_native_device_arch_name",
+        "tlx_only_cuda_options",
+    ),
+    "torch._inductor.comm_analysis": ("get_gpu_type", "_has_nvlink"),
+    "torch._inductor.kernel.mm": ("_is_sm7x_or_older_gpu",),
+    "torch._inductor.codegen.cuda.cuda_env": ("get_cuda_arch", "get_cuda_version", "is_datacenter_blackwell_arch"),
+    "torch._inductor.codegen.cutlass.utils": ("cutlass_arch",),
+    "torch._inductor.runtime.hints": ("DeviceProperties.create",),
+    "torch._subclasses.fake_tensor": ("init_gpu_context",),
+    "torch.cuda": ("_check_bf16_tensor_supported",),
+}
+
+
+@contextlib.contextmanager
+def virtual_device(gpu: Gpu) -> Iterator[None]:
+    """In the block `gpu` is cuda:0, the only device, as far as code generation can tell."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(_forget_devices)
+        for target, name, value in _answers(gpu):
+            if hasattr(target, name):
+                stack.enter_context(patch.object(target, name, value))
+        stack.enter_context(_no_cached_devices())
+        stack.enter_context(_triton_driver(gpu))
+        _forget_devices()
+        yield
+
+
+def _answers(gpu: Gpu) -> Iterator[tuple[Any, str, Any]]:
+    """(where, attribute, stand-in) for everything that is asked."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+    from torch._subclasses import fake_tensor
+
+    properties = _properties(gpu)
+    shared: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "is_bf16_supported": lambda including_emulation=True: gpu.capability >= (8, 0),
+    }
+    for where in (torch.cuda, CudaInterface):
+        for name, answer in shared.items():
+            yield where, name, staticmethod(answer) if where is CudaInterface else answer
+    yield torch.cuda, "get_device_capability", lambda device=None: gpu.capability
+    yield torch.cuda, "get_device_name", lambda device=None: gpu.name
+    yield torch.cuda, "is_tf32_supported", lambda: gpu.capability >= (8, 0)
+    yield torch.cuda, "_lazy_init", lambda: None
+    yield torch.cuda, "_exchange_device", lambda device: 0
+    yield torch.cuda, "_maybe_exchange_device", lambda device: 0
+    yield torch.cuda, "get_rng_state", lambda device="cuda": torch.empty(0, dtype=torch.uint8)
+    yield torch.cuda, "set_rng_state", lambda state, device="cuda": None
+    yield CudaInterface.Worker, "get_device_properties", staticmethod(shared["get_device_properties"])
+    yield CudaInterface.Worker, "current_device", staticmethod(shared["current_device"])
+    yield torch.version, "hip", "6.4" if gpu.backend == "hip" else None
+    yield torch.version, "cuda", None if gpu.backend == "hip" else (torch.version.cuda or "13.0")
+    yield fake_tensor, "init_gpu_context", lambda *args: None
+    yield triton_helpers, "set_driver_to_gpu", lambda: None
+
+
+def _properties(gpu: Gpu) -> SimpleNamespace:
+    """What `torch.cuda.get_device_properties` has, of a description."""
+    major, minor = gpu.capability
+    return SimpleNamespace(
+        name=gpu.name,
+        major=major,
+        minor=minor,
+        multi_processor_count=gpu.multiprocessors,
+        total_memory=gpu.memory,
+        regs_per_multiprocessor=gpu.registers,
+        max_threads_per_multi_processor=gpu.threads,
+        max_threads_per_block=1024,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=gpu.shared_memory,
+        warp_size=gpu.warp,
+        gcnArchName=str(gpu.arch) if gpu.backend == "hip" else "",
+    )
+
+
+@contextlib.contextmanager
+def _no_cached_devices() -> Iterator[None]:
+    """Dynamo keeps properties of devices in two tables: empty inside, as they were outside."""
+    from torch._dynamo import device_interface
+
+    tables = (device_interface.caching_worker_device_properties, device_interface.caching_worker_current_devices)
+    before = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, before, strict=True):
+            table.clear()
+            table.update(values)
+
+
+@contextlib.contextmanager
+def _triton_driver(gpu: Gpu) -> Iterator[None]:
+    """Triton's active driver names the target; it can compile, but not launch."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+
+    class Virtual(DriverBase):
+        def __init__(self) -> None:
+            pass
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(gpu.backend, gpu.arch, gpu.warp)
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cuda", 0)
+
+        def get_benchmarker(self) -> Any:
+            raise RuntimeError(f"{gpu.name} is not there: nothing can be timed")
+
+    before = driver._active
+    driver.set_active(Virtual())
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def _forget_devices() -> None:
+    gpu_of.cache_clear()
+    for module_name, names in _CACHED.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            continue
+        for name in names:
+            function: Any = module
+            for part in name.split("."):
+                function = getattr(function, part, None)
+            clear = getattr(function, "cache_clear", None)
+            if clear is not None:
+                clear()

@@ -1,0 +1,249 @@
+"""Emit GPU code on any machine: the code that `torch.compile(model, backend="pixelfly")` would run on the target.
+
+    model, args --Dynamo, find sites, plan, rewrite, AOTAutograd--> graphs --Inductor, virtual device--> files, report
+
+Everything up to AOTAutograd is the backend's own way, on the CPU; from there on `kernels.codegen_gpu` stands in for the
+GPU. The plan is that of the target: its roofline, not this machine's. Attention is traced as matmuls and softmax.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from pixelfly_compiler.backend import as_leaves, inductor, own_copy, sparse_configs, weight_positions
+from pixelfly_compiler.capture import capture, run_once
+from pixelfly_compiler.compact import CompactInputs, CompactWeights
+from pixelfly_compiler.config import Config
+from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.errors import EmitError, OptionError
+from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
+from pixelfly_compiler.passes.cost import gpu_device, sparse_time
+from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
+from pixelfly_compiler.passes.sites import Site, find_sites, parameter_names_by_identity
+from pixelfly_compiler.plan import make_plan
+
+
+@dataclass(frozen=True)
+class EmittedKernel:
+    """One Triton kernel: whose it is, what it needs, where its files are.
+
+    `sites`: the weights that a kernel of ours serves; none for those that Inductor made of the rest of the model.
+    `spills`: bytes of local memory per thread. `seconds`: predicted for one call, its product with v or u included.
+    """
+
+    name: str
+    graph: str
+    sites: tuple[str, ...]
+    registers: int
+    spills: int
+    shared_memory: int
+    tensor_core: dict[str, int] = field(hash=False)
+    vector_loads: int
+    warps: int
+    stages: int
+    seconds: float | None
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What `emit` wrote to `folder`: wrappers by graph, kernels, and the plan they follow."""
+
+    target: str
+    folder: Path
+    plan: Plan
+    wrappers: tuple[str, ...]
+    kernels: tuple[EmittedKernel, ...]
+
+    def __str__(self) -> str:
+        from pixelfly_compiler.report import render_emission
+
+        return render_emission(self)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "target": self.target,
+                "wrappers": self.wrappers,
+                "kernels": [asdict(kernel) for kernel in self.kernels],
+                "plan": json.loads(self.plan.to_json()),
+            },
+            indent=1,
+        )
+
+
+def emit(
+    model: nn.Module,
+    args: Any = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str = "cuda:90",
+    out_dir: str | Path,
+    training: bool = False,
+    **options: Any,
+) -> Emission:
+    """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels (source, machine code), report.json.
+
+    The model and its inputs stay on the CPU. `training` adds the gradients. `options` are those of `Config`:
+    budget=0.25, block_size=, ... Raises `OptionError` for a target that is not known, `EmitError` without Triton.
+    """
+    gpu = _gpu(target)
+    config, others = Config.from_options(options)
+    if others:
+        raise TypeError(f"emit() got an unexpected option {next(iter(others))!r}")
+    positional = tuple(args) if isinstance(args, tuple | list) else (args,)
+    model = getattr(model, "_orig_mod", model)
+    weights = dict(model.named_parameters())
+    found = capture(model, positional, kwargs)
+    plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
+    emitter = _Emitter(model, gpu, plan, Path(out_dir), {site.name: site for site in found.sites})
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        run_once(model, positional, kwargs, emitter, grad=training)
+    emission = Emission(target, emitter.folder, plan, tuple(emitter.wrappers), tuple(emitter.kernels))
+    (emitter.folder / "report.json").write_text(emission.to_json())
+    return emission
+
+
+def _gpu(target: str) -> Gpu:
+    if target not in KNOWN:
+        raise OptionError(f"target {target!r} is not known", next_step=f"known targets: {', '.join(KNOWN)}")
+    if importlib.util.find_spec("triton") is None:
+        raise EmitError("Triton is not installed", next_step="pip install triton (Linux), then emit again")
+    return KNOWN[target]
+
+
+class _Emitter:
+    """The backend that writes code instead of running it; the model itself runs eagerly."""
+
+    def __init__(self, model: nn.Module, gpu: Gpu, plan: Plan, folder: Path, sites: Mapping[str, Site]) -> None:
+        self.model, self.gpu, self.plan, self.folder, self.sites = model, gpu, plan, folder, sites
+        self.wrappers: list[str] = []
+        self.kernels: list[EmittedKernel] = []
+        (folder / "kernels").mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = own_copy(gm)
+        names = parameter_names_by_identity(graph, example_inputs, self.model)
+        found = find_sites(graph, example_inputs, names)
+        positions = weight_positions(graph, names)
+        configs = sparse_configs(found, self.plan)
+        inputs, served = list(example_inputs), {}
+        if configs:
+            rewritten = rewrite(graph, found.matches, configs, positions, share_basis=self.plan.basis == "fixed")
+            compact = CompactInputs(rewritten.added, CompactWeights(), self.plan.basis)
+            inputs = [example_inputs[position] for position in rewritten.kept]
+            served = _served(rewritten.added, len(inputs), {position: name for name, position in positions.items()})
+            inputs += as_leaves(compact.examples(tuple(example_inputs)))
+        with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+            inductor(graph, inputs, {}, inner_compile=_Writer(self, served))
+        return gm.forward
+
+    def write(self, gm: GraphModule, example_inputs: Sequence[Any], served: Mapping[int, str], **kwargs: Any) -> None:
+        """Code, files and facts of one graph as AOTAutograd hands it over."""
+        from pixelfly_compiler.kernels.codegen_gpu import generate
+
+        label = f"{'backward' if kwargs.get('is_backward') else 'forward'}_{len(self.wrappers)}"
+        sites = _sites_of_nodes(gm, served)
+        code = generate(gm, example_inputs, self.gpu, **kwargs)
+        wrapper = self.folder / f"{label}.py"
+        wrapper.write_text(code.wrapper)
+        self.wrappers.append(wrapper.name)
+        for name, source in code.kernels.items():
+            serves = tuple(dict.fromkeys(sites[node] for node in code.nodes.get(name, ()) if node in sites))
+            self.kernels.append(self._kernel(name, source, label, serves))
+
+    def _kernel(self, name: str, source: str, label: str, sites: tuple[str, ...]) -> EmittedKernel:
+        from pixelfly_compiler.kernels.triton_binary import compile_kernel
+
+        path = self.folder / "kernels" / f"{label}_{name}.py"
+        path.write_text(source)
+        binary = compile_kernel(name, path, self.gpu)
+        files = [path]
+        for ending, content in binary.code.items():
+            files.append(path.with_suffix(f".{ending}"))
+            files[-1].write_bytes(content.encode() if isinstance(content, str) else content)
+        return EmittedKernel(
+            name=name,
+            graph=label,
+            sites=sites,
+            registers=binary.registers,
+            spills=binary.spills,
+            shared_memory=binary.shared_memory,
+            tensor_core=binary.tensor_core,
+            vector_loads=binary.vector_loads,
+            warps=binary.warps,
+            stages=binary.stages,
+            seconds=self._seconds(sites),
+            files=tuple(str(file.relative_to(self.folder)) for file in files),
+        )
+
+    def _seconds(self, sites: tuple[str, ...]) -> float | None:
+        entry = self.plan.find(sites[0]) if sites else None
+        if entry is None or entry.config is None:
+            return None
+        return sparse_time(self.sites[entry.name], entry.config, gpu_device(self.gpu))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """The `inner_compile` of one Dynamo graph."""
+
+    emitter: _Emitter
+    served: Mapping[int, str]
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        self.emitter.write(gm, example_inputs, self.served, **kwargs)
+        return gm.forward
+
+
+# ---- which site a node of AOTAutograd's graphs belongs to ----
+
+
+def _served(added: Sequence[CompactInput], kept: int, names: Mapping[int, str]) -> dict[int, str]:
+    """Position of a graph's input that holds the blocks of a weight -> the weight's name."""
+    return {kept + place: names[key.weight] for place, key in enumerate(added) if key.part == "blocks"}
+
+
+def _sites_of_nodes(gm: GraphModule, served: Mapping[int, str]) -> dict[str, str]:
+    """Node name -> site: an operator has its blocks from an input, or makes the gradient of that input."""
+    sites: dict[str, str] = {}
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    origins = {node: _input_of(node, place) for place, node in enumerate(placeholders)}
+    inputs = {node: served[origin] for node, origin in origins.items() if origin in served}
+    gradients = _gradients(gm, served)
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.pixelfly.linear.default and node.args[1] in inputs:
+            sites[node.name] = inputs[node.args[1]]
+        elif node.target is torch.ops.pixelfly.block_grad.default and node in gradients:
+            sites[node.name] = gradients[node]
+    return sites
+
+
+def _input_of(node: Node, place: int) -> int:
+    """The forward's input that a placeholder is: AOTAutograd numbers them from 1, also where a backward takes some."""
+    number = re.fullmatch(r"primals_(\d+)", node.name)
+    return int(number[1]) - 1 if number else place
+
+
+def _gradients(gm: GraphModule, served: Mapping[int, str]) -> dict[Node, str]:
+    """Block gradients by the input whose gradient they end in: a backward returns one for each input of the forward."""
+    (output,) = (node for node in gm.graph.nodes if node.op == "output")
+    found: dict[Node, str] = {}
+    for place, value in enumerate(output.args[0]):
+        node = value
+        while place in served and isinstance(node, Node) and node.op == "call_function":
+            if node.target is torch.ops.pixelfly.block_grad.default:
+                found[node] = served[place]
+                break
+            node = next(iter(node.all_input_nodes), None)
+    return found

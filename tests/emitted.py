@@ -1,0 +1,153 @@
+"""Generated GPU code on a machine without a GPU: get it from a function, and run it under Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import scipy.special
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+
+from pixelfly_compiler.kernels import codegen_gpu, lowering
+from pixelfly_compiler.kernels.codegen_gpu import Code
+from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
+from pixelfly_compiler.kernels.triton_binary import Binary, compile_kernel, load
+
+
+def generate(
+    function: Callable[..., Any], args: Sequence[Any], target: str, dynamic: bool | None = False
+) -> list[Code]:
+    """The code of the function's graphs: forward, and backward if an argument requires a gradient."""
+    from torch._inductor.compile_fx import compile_fx
+
+    lowering.register()
+    codes: list[Code] = []
+
+    def inner_compile(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        codes.append(codegen_gpu.generate(gm, inputs, KNOWN[target], **kwargs))
+        return gm.forward
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        with functorch_config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
+            compile_fx(gm, inputs, inner_compile=inner_compile)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    return codes
+
+
+def binaries(code: Code, gpu: Gpu) -> dict[str, Binary]:
+    """Our kernels of this code, compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = {}
+        for name in code.nodes:
+            path = Path(folder) / f"{name}.py"
+            path.write_text(code.kernels[name])
+            made[name] = compile_kernel(name, path, gpu)
+        return made
+
+
+# ---- under the interpreter ----
+
+
+def run(code: Code, args: Sequence[Any]) -> list[Tensor]:
+    """Run the wrapper on CPU tensors, its kernels interpreted; buffers begin as NaN. Needs TRITON_INTERPRET=1."""
+    source = code.wrapper.replace("from torch._C import _cuda_getCurrentRawStream as", "from math import floor as")
+    with tempfile.TemporaryDirectory() as folder:
+        namespace: dict[str, Any] = {"__name__": "emitted"}
+        compiler = SimpleNamespace(triton=_loader(Path(folder)), wait=lambda scope: None)
+        source = source.replace("async_compile = AsyncCompile()", "async_compile = _compiler")
+        exec(compile(source, "wrapper", "exec"), namespace | {"_compiler": compiler}, namespace)
+        scope = namespace["Runner"].call.__globals__ if "Runner" in namespace else namespace["call"].__globals__
+        scope |= namespace | {"empty_strided_cuda": _nan_filled, "_compiler": compiler}
+        with _no_device(), _bf16():
+            return list(namespace["call"](list(args)))
+
+
+def _nan_filled(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    buffer = torch.empty_strided(size, stride, dtype=dtype)
+    return buffer.fill_(float("nan")) if dtype.is_floating_point else buffer.fill_(-1)
+
+
+@contextlib.contextmanager
+def _no_device() -> Iterator[None]:
+    with (
+        patch.object(torch.cuda, "_DeviceGuard", lambda index: contextlib.nullcontext()),
+        patch.object(torch.cuda, "set_device", lambda index: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _bf16() -> Iterator[None]:
+    """The interpreter keeps bf16 as integers, multiplies those, and rounds to them by cutting off: both mended."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    original, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def wide(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, wide(a), wide(b), *rest)
+
+    def cast(self: Any, source: Any, wanted: Any) -> Any:
+        if (source.dtype.scalar, wanted.scalar) != (tl.float32, tl.bfloat16):
+            return original_cast(self, source, wanted)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
+
+    with (
+        patch.object(InterpreterBuilder, "create_dot", create_dot),
+        patch.object(InterpreterBuilder, "cast_impl", cast),
+    ):
+        yield
+
+
+def _loader(folder: Path) -> Callable[..., Any]:
+    def triton(name: str, source: str, **kwargs: Any) -> Any:
+        path = folder / f"{name}.py"
+        path.write_text(source.replace("triton_helpers.set_driver_to_gpu()", ""))
+        module: Any = load(path)
+        if hasattr(module, "libdevice"):
+            module.libdevice = SimpleNamespace(erf=_erf)
+        return SimpleNamespace(run=_launcher(getattr(module, name)))
+
+    return triton
+
+
+def _launcher(autotuner: Any) -> Callable[..., None]:
+    from torch._inductor.runtime.triton_heuristics import GridExpr
+
+    config = autotuner.configs[0]
+    constants = config.kwargs
+    names = [name for name in autotuner.fn.arg_names if name not in constants]
+
+    def launch(*args: Any, stream: Any) -> None:
+        grid = args[len(names) :]
+        if not grid:
+            meta = dict(zip(names, args, strict=True)) | constants
+            grid = GridExpr.from_meta(autotuner.inductor_meta, config).eval_slow(meta)
+        autotuner.fn[grid](*args[: len(names)], **constants)
+
+    return launch
+
+
+def _erf(x: Any) -> Any:
+    """The interpreter has no libdevice."""
+    from triton.language import tensor
+    from triton.runtime.interpreter import TensorHandle
+
+    values = scipy.special.erf(x.handle.data).astype(np.float32)
+    return tensor(TensorHandle(values, x.handle.dtype), x.type)

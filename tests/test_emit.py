@@ -1,0 +1,248 @@
+"""Emitted GPU code: what is written, what the machine code looks like on each architecture, and that nothing leaks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import Tensor, nn
+
+import pixelfly_compiler
+from pixelfly_compiler.cli import main
+from pixelfly_compiler.errors import EmitError, OptionError
+from pixelfly_compiler.kernels import ops
+from pixelfly_compiler.kernels.gpus import KNOWN, Gpu, gpu_of, why_no_kernels
+from pixelfly_compiler.kernels.heuristics_gpu import GradShape, LinearShape, block_grad_launches, linear_launches
+from pixelfly_compiler.kernels.support import flat_butterfly
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="GPU code needs triton: pip install triton (Linux)"
+)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+TENSOR_CORES = {"cuda:80": "mma.sync", "cuda:90": "wgmma", "cuda:100": "tcgen05"}
+
+
+def mlp(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, tuple[Tensor]]:
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).to(dtype)
+    return model, (torch.randn(256, 256, dtype=dtype),)
+
+
+# ---- what is emitted ----
+
+
+@needs_triton
+def test_training_emits_wrappers_kernels_and_a_report(tmp_path: Path) -> None:
+    model, args = mlp()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    emission = pixelfly_compiler.emit(model, args, out_dir=tmp_path, training=True, force=True)
+    ours = [kernel for kernel in emission.kernels if kernel.sites]
+    served = {(kernel.graph, site) for kernel in ours for site in kernel.sites}
+    sites = {"0.weight", "2.weight"}
+    assert served == {(graph, site) for graph in ("forward_0", "backward_1") for site in sites}
+    # The model's input needs no gradient: one forward and one block gradient per site, one input gradient.
+    assert len(ours) == 5
+    for kernel in emission.kernels:
+        endings = {Path(file).suffix for file in kernel.files}
+        assert endings == {".py", ".ptx", ".cubin"}
+        assert all((tmp_path / file).stat().st_size for file in kernel.files)
+    assert all(kernel.tensor_core.get("wgmma") and kernel.spills == 0 and kernel.seconds for kernel in ours)
+    assert all("pixelfly" not in line for line in calls(tmp_path / "forward_0.py"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["target"] == "cuda:90" and len(report["kernels"]) == len(emission.kernels)
+    assert "0.weight" in str(emission)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def calls(wrapper: Path) -> list[str]:
+    return [line for line in wrapper.read_text().splitlines() if "torch.ops" in line and not line.startswith("#")]
+
+
+@needs_triton
+def test_amd_gets_an_hsaco_with_mfma(tmp_path: Path) -> None:
+    model, args = mlp()
+    with torch.no_grad():
+        emission = pixelfly_compiler.emit(model, args, target="hip:gfx942", out_dir=tmp_path, force=True)
+    ours = [kernel for kernel in emission.kernels if kernel.sites]
+    assert len(ours) == 2
+    assert all(kernel.tensor_core.get("mfma") and kernel.spills == 0 for kernel in ours)
+    assert {Path(file).suffix for kernel in ours for file in kernel.files} == {".py", ".amdgcn", ".hsaco"}
+
+
+@needs_triton
+def test_attention_and_tied_layers_of_a_transformer(tmp_path: Path) -> None:
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    emission = pixelfly_compiler.emit(model, torch.randn(2, 64, 128), out_dir=tmp_path, force=True, block_size=32)
+    shared = [kernel for kernel in emission.kernels if len(kernel.sites) == 2]
+    assert any({"layers.0.linear1.weight", "layers.1.linear1.weight"} == set(kernel.sites) for kernel in shared)
+
+
+@needs_triton
+def test_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text("import torch\ndef make():\n    return torch.nn.Linear(256, 256), torch.randn(8, 256)\n")
+    command = ["emit", f"{file}:make", "--out-dir", str(tmp_path / "out"), "--force", "--target", "cuda:80"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert "triton_tem" in done.output and (tmp_path / "out" / "report.json").exists()
+
+
+# ---- what bad input gets ----
+
+
+def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
+    model, args = mlp()
+    with pytest.raises(OptionError, match=r"'cuda:42' is not known[^$]*known targets: .*cuda:90.*hip:gfx942"):
+        pixelfly_compiler.emit(model, args, target="cuda:42", out_dir=tmp_path)
+
+
+def test_without_triton_emit_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    model, args = mlp()
+    with pytest.raises(EmitError, match="pip install triton"):
+        pixelfly_compiler.emit(model, args, out_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"), [((7, 0), "compute capability 7.0"), ((7, 5), None), ((12, 1), None)]
+)
+def test_old_gpus_stay_dense_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+) -> None:
+    major, minor = capability
+
+    class Properties:
+        name, multi_processor_count, shared_memory_per_block_optin = "some GPU", 80, 96 << 10
+
+    Properties.major, Properties.minor = major, minor  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    gpu_of.cache_clear()
+    try:
+        why = why_no_kernels(torch.device("cuda", 0))
+        assert why is None if reason is None else reason in str(why)
+    finally:
+        gpu_of.cache_clear()
+
+
+# ---- nothing leaks ----
+
+
+@needs_triton
+def test_nothing_of_the_virtual_device_remains(tmp_path: Path) -> None:
+    import torch._inductor.compile_fx
+    from torch.utils._triton import has_triton
+
+    before = snapshot()
+    pixelfly_compiler.emit(*mlp(), out_dir=tmp_path, force=True)
+    assert snapshot() == before and has_triton() == torch.cuda.is_available()
+    assert not any(b"H100" in repr(value).encode() for value in snapshot().values())
+    model, args = mlp(torch.float32)
+    compiled = torch.compile(model)  # the CPU path works as before
+    torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+def test_nothing_remains_after_an_error() -> None:
+    from pixelfly_compiler.kernels.virtual_device import virtual_device
+
+    before = snapshot()
+    with pytest.raises(ZeroDivisionError), virtual_device(KNOWN["cuda:80"]):
+        assert torch.cuda.get_device_capability() == (8, 0)
+        raise ZeroDivisionError
+    assert snapshot() == before
+
+
+def snapshot() -> dict[str, Any]:
+    """Everything that a virtual device replaces or that may remember one."""
+    import os
+
+    from torch._dynamo import device_interface
+    from torch._inductor.graph import GraphLowering
+    from triton.runtime import driver
+
+    from pixelfly_compiler.kernels import lowering_gpu, virtual_device
+
+    replaced = {
+        f"{getattr(where, '__name__', where)}.{name}": vars(where).get(name)
+        for where, name, _ in virtual_device._answers(KNOWN["cuda:90"])
+    }
+    return replaced | {
+        "driver": driver._active,
+        "properties": dict(device_interface.caching_worker_device_properties),
+        "environment": dict(os.environ),
+        "compile": GraphLowering.compile_to_module,
+        "listeners": list(lowering_gpu.listeners),
+        "available": torch.cuda.is_available(),
+    }
+
+
+# ---- the machine code of each architecture ----
+
+
+@functools.cache
+def compiled(target: str, dtype: torch.dtype, block: int, rows: int) -> list[Any]:
+    """Forward with bias and GELU, input gradient and block gradient, compiled for the target."""
+    from emitted import binaries, generate
+
+    support = flat_butterfly(1024, 1024, block, 1)
+    x = torch.randn(rows, 1024, dtype=dtype, requires_grad=True)
+    blocks = torch.randn(support.nnz, block, block, dtype=dtype, requires_grad=True)
+    u = torch.randn(1024, 64, dtype=dtype, requires_grad=True)
+    args = [x, blocks, u, torch.randn(1024, 64, dtype=dtype), ops.support_index(support), torch.randn(1024).to(dtype)]
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.gelu(torch.ops.pixelfly.linear(x, blocks, u, v, index, 1024, False)[0] + bias)
+
+    return [binary for code in generate(function, args, target) for binary in binaries(code, KNOWN[target]).values()]
+
+
+@pytest.fixture(params=[16, 32, 64, 128])
+def block(request: pytest.FixtureRequest) -> Iterator[int]:
+    yield request.param
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TENSOR_CORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_uses_tensor_cores_without_spills(target: str, dtype: torch.dtype, block: int) -> None:
+    for binary in compiled(target, dtype, block, 4096):
+        assert binary.tensor_core.get(TENSOR_CORES[target]), f"{binary.name}: {binary.tensor_core}"
+        check_resources(binary, KNOWN[target])
+        assert binary.async_copies, f"{binary.name} is not pipelined"
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_fp32_and_few_rows(target: str) -> None:
+    for binary in [*compiled(target, torch.float32, 64, 4096), *compiled(target, torch.bfloat16, 64, 16)]:
+        check_resources(binary, KNOWN[target])
+
+
+def check_resources(binary: Any, gpu: Gpu) -> None:
+    assert binary.spills == 0, f"{binary.name}: {binary.spills} bytes spilled"
+    assert binary.registers <= 255 and binary.shared_memory <= gpu.shared_memory
+    assert binary.vector_loads, f"{binary.name} loads from global memory in small pieces"
+
+
+@pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.target)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+@pytest.mark.parametrize("rows", [1, 64, 4096])
+def test_every_launch_fits_its_gpu(gpu: Gpu, itemsize: int, size: int, rows: int) -> None:
+    shape = LinearShape(rows, 1024, 4096, size, size, 64, itemsize, exact=itemsize == 4)
+    for launch in linear_launches(shape, gpu):
+        assert launch.shared_memory(itemsize) <= gpu.shared_memory
+        assert launch.block_n <= size and (launch.groups == 1 or launch.block_n == size)
+        assert launch.groups in (1, 2, 4) and launch.stages >= 1 and launch.warps in (1, 2, 4, 8)
+    grad = GradShape(rows, 4096 // size, 4 * 4096 // size, size, size, itemsize, exact=itemsize == 4)
+    for other in block_grad_launches(grad, gpu):
+        assert other.shared_memory(grad) <= gpu.shared_memory and other.split <= max(rows // 512, 1)

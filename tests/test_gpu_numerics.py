@@ -1,0 +1,168 @@
+"""The generated GPU kernels, run under Triton's interpreter: every template, dtype, odd sizes, any support, epilogues.
+
+Triton reads TRITON_INTERPRET when it is imported, so the tests run in a process of their own, which the first starts.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_as_good_as, to_double
+from torch import Tensor
+
+from pixelfly_compiler.kernels import ops
+from pixelfly_compiler.kernels.support import Support, flat_butterfly
+
+pytest.importorskip("triton", reason="GPU code needs triton: pip install triton (Linux)")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
+
+UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
+TARGET = "cuda:90"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+def operands(support: Support, rows: int, rank: int, dtype: torch.dtype, transposed: bool) -> list[Any]:
+    """x, blocks, u, v, index in the operator's own orientation; blocks are zero beyond the weight's edge."""
+    out_features, in_features = support.out_features, support.in_features
+    k, n = (out_features, in_features) if transposed else (in_features, out_features)
+    blocks = torch.randn(support.nnz, support.block, support.block, dtype=dtype)
+    u, v = (torch.randn(n, rank).to(dtype), (torch.randn(k, rank) / k**0.5).to(dtype)) if rank else (None, None)
+    return [torch.randn(rows, k).to(dtype), blocks, u, v, ops.support_index(support)]
+
+
+def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = False, other: Any = None) -> None:
+    """The generated code is as near to float64 as eager, with `kernels` of our templates; `other` sizes run too."""
+    from emitted import generate, run
+
+    (code,) = generate(function, args, TARGET, dynamic)
+    calls = sum(code.wrapper.count(f"{name}.run(") for name in code.nodes)
+    code_lines = [line for line in code.wrapper.splitlines() if not line.lstrip().startswith("#")]
+    assert calls == kernels and not any("torch.ops.pixelfly" in line for line in code_lines)
+    for given in (args, *([other] if other else [])):
+        inputs = _inputs(code, given)
+        for ours, eager, exact in zip(
+            run(code, inputs), function(*given), function(*map(to_double, given)), strict=True
+        ):
+            assert_as_good_as(ours, eager, exact)
+
+
+def _inputs(code: Any, args: list[Any]) -> list[Any]:
+    """The wrapper's arguments: symbolic sizes first, then the tensors."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    symbols = sum(node.op == "placeholder" for node in code.graph.graph.nodes) - len(tensors)
+    return [tensors[0].shape[0]] * symbols + tensors
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_linear_at_odd_sizes(dtype: torch.dtype, transposed: bool) -> None:
+    features = UNEVEN.in_features if transposed else UNEVEN.out_features
+    args = operands(UNEVEN, 77, 24, dtype, transposed)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed)
+        return y, t, torch.ops.pixelfly.linear(x, blocks, None, None, index, features, transposed)[0]
+
+    check(function, args, kernels=2)
+
+
+@interpreted
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [5, 200])
+def test_linear_in_blocks(block: int, transposed: bool, rows: int) -> None:
+    support = flat_butterfly(320, 256, block, 1)
+    features = 256 if transposed else 320
+    args = operands(support, rows, 32, torch.bfloat16, transposed)
+    check(lambda *a: torch.ops.pixelfly.linear(*a, features, transposed)[:1], args, kernels=1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 32, 64, 128])
+def test_block_grad(dtype: torch.dtype, block: int) -> None:
+    support = flat_butterfly(300, 200, block, 1)
+    a, x, t = (torch.randn(90, columns).to(dtype) for columns in (300, 200, 16))
+    check(
+        lambda a, x, t, index: torch.ops.pixelfly.block_grad(a, x, t, index, block, block),
+        [a, x, t, ops.support_index(support)],
+        kernels=1,
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_grad_of_uneven_rows_split_over_many_rows(dtype: torch.dtype) -> None:
+    a, x = torch.randn(1100, 100).to(dtype), torch.randn(1100, 150).to(dtype)
+    args = [a, x, ops.support_index(UNEVEN)]
+    check(lambda a, x, index: (torch.ops.pixelfly.block_grad(a, x, None, index, 32, 32)[0],), args, kernels=1)
+
+
+@interpreted
+def test_tall_product_is_a_library_call() -> None:
+    args = [torch.randn(70, 100), torch.randn(70, 48)]
+    check(lambda a, b: (ops.tall_product(a, b),), args, kernels=0)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogues_are_fused_into_the_template(dtype: torch.dtype) -> None:
+    support = flat_butterfly(128, 192, 64, 1)
+    x, blocks, _, _, index = operands(support, 70, 0, dtype, False)
+    bias, residual = torch.randn(128).to(dtype), torch.randn(2, 35, 128).to(dtype)
+
+    def function(x: Tensor, blocks: Tensor, index: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
+        y = torch.ops.pixelfly.linear(x.view(2, 35, 192), blocks, None, None, index, 128, False)[0]
+        return (F.gelu(y + bias) + residual, y)  # y is stored too
+
+    from emitted import generate
+
+    args = [x, blocks, index, bias, residual]
+    check(function, args, kernels=1)
+    assert len(generate(function, args, TARGET)[0].kernels) == 1, "bias, GELU and residual run in another kernel"
+
+
+@interpreted
+def test_an_epilogue_casts() -> None:
+    support = flat_butterfly(64, 64, 32, 0)
+    x, blocks, _, _, index = operands(support, 50, 0, torch.bfloat16, False)
+    check(
+        lambda x, blocks, index: (torch.ops.pixelfly.linear(x, blocks, None, None, index, 64, False)[0].float(),),
+        [x, blocks, index],
+        kernels=1,
+    )
+
+
+@interpreted
+def test_symbolic_rows_compile_once() -> None:
+    support = flat_butterfly(96, 64, 32, 0)
+    args, other = (operands(support, rows, 32, torch.float32, False) for rows in (100, 33))
+    torch._dynamo.mark_dynamic(args[0], 0)
+    check(lambda *a: torch.ops.pixelfly.linear(*a, 96, False)[:1], args, kernels=1, dynamic=None, other=other)
+
+
+@interpreted
+def test_columns_of_a_wider_buffer_and_one_tensor_twice() -> None:
+    def function(wide: Tensor, index: Tensor) -> tuple[Tensor]:
+        x = wide[:, 32:96]  # read in place, at an offset
+        return (torch.ops.pixelfly.block_grad(x, x, None, index, 32, 32)[0],)
+
+    check(function, [torch.randn(70, 160), ops.support_index(flat_butterfly(64, 64, 32, 0))], kernels=1)
