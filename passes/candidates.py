@@ -135,7 +135,8 @@ def _energy(site: Site, block: int, weight: torch.Tensor | None) -> np.ndarray:
     if weight is None:
         values = torch.ones(site.out_features, site.in_features)
     else:
-        values = weight.detach().to("cpu", torch.float32)
+        matrix = weight.detach() if site.region is None else site.region.view(weight.detach())
+        values = matrix.to("cpu", torch.float32)
         values = values.t() if site.transposed else values
     padded = torch.nn.functional.pad(values.square(), (0, -values.shape[1] % block, 0, -values.shape[0] % block))
     rows, cols = padded.shape[0] // block, padded.shape[1] // block

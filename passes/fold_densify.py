@@ -7,7 +7,7 @@
 
 Here blocks, u and v are what a `CompactWeight` computes of its factors, gamma included: elementwise, on compact data.
 Transposes of w are followed, and casts to another dtype, which then apply to blocks, u and v. A matmul as in any of
-`sites.PATTERNS` is folded, also in the body of an activation checkpoint. What else uses w keeps it, densified.
+`forms.PATTERNS` is folded, also in the body of an activation checkpoint. What else uses w keeps it, densified.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
-from pixelfly_compiler.passes.rewrite import last_first, put_linear
-from pixelfly_compiler.passes.sites import Match, matmuls, uses_of
+from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
+from pixelfly_compiler.passes.sites import Match, matmuls
+from pixelfly_compiler.passes.weights import nodes_without_gradients, uses
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CASTS = ("to", "type", "float", "half", "bfloat16", "type_as")
 
 
 def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -> int:
@@ -39,8 +39,9 @@ def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -
         folds = {fold.match.node: fold for fold in found if _can_fold(fold.match, module, has_kernels)}
         for match in last_first(fold.match for fold in folds.values()):
             _replace(folds[match.node])
+        for fold in folds.values():
+            erase_unused(fold.match.weight)
         if folds:
-            module.graph.eliminate_dead_code()
             module.graph.lint()
             module.recompile()
         folded += len(folds)
@@ -57,24 +58,10 @@ class _Fold:
 
 
 def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
-    for weight, flipped in _forms(module, densify, False):
-        for match in matmuls(uses_of(module, weight, weight, False, False), densify.name)[0]:
-            yield _Fold(match, densify, match.transposed ^ flipped)
-
-
-def _forms(module: GraphModule, weight: Node, flipped: bool) -> Iterator[tuple[Node, bool]]:
-    """The weight, and its casts; the flag tells whether it is transposed there."""
-    yield weight, flipped
-    for use in uses_of(module, weight, weight, False, False):
-        if use.module is module and _is_cast(use.user, use.operand):
-            yield from _forms(module, use.user, flipped ^ use.flipped)
-
-
-def _is_cast(node: Node, operand: Node) -> bool:
-    if node.op != "call_method" or node.target not in _CASTS or node.args[0] is not operand:
-        return False
-    before, after = operand.meta["example_value"], node.meta["example_value"]
-    return isinstance(after, torch.Tensor) and after.is_floating_point() and before.device == after.device
+    shape = densify.meta["example_value"].shape
+    for match in matmuls(list(uses(module, densify, shape)), densify.name, shape, nodes_without_gradients(module))[0]:
+        if match.region is None:  # not of a part
+            yield _Fold(match, densify, match.transposed)
 
 
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:

@@ -16,18 +16,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import Argument
+from torch.fx.proxy import GraphAppendingTracer
 
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
-from pixelfly_compiler.passes.sites import Match, SiteConfig
+from pixelfly_compiler.passes.forms import Step
+from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
+from pixelfly_compiler.passes.weights import Region
 
 
 @dataclass(frozen=True)
 class CompactInput:
     """One input that the rewritten graph takes instead of a weight: `part` of the weight at position `weight`.
 
-    The parts are blocks, u, v and index. `transposed`: the weight is stored (in, out).
+    The parts are blocks, u, v and index. `transposed`: the weight is stored (in, out), in `region` of the parameter.
     """
 
     part: str
@@ -35,6 +38,7 @@ class CompactInput:
     config: SiteConfig
     transposed: bool
     dtype: torch.dtype
+    region: Region | None = None
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,15 @@ def rewrite(
 ) -> Rewritten:
     """Put `pixelfly::linear` in place of each match whose site has a config.
 
-    `weights`: site name -> input position. `share_basis`: all weights with as many inputs take the same v.
+    `weights`: parameter name -> input position. `share_basis`: all weights with as many inputs take the same v.
     """
     inputs = _Inputs(gm, weights, share_basis)
     planned = [match for match in matches if match.site in configs]
     for match in last_first(planned):
         _replace(match, configs[match.site], inputs)
+    for match in planned:
+        erase_unused(match.weight)
     modules = [gm, *{match.module for match in planned if match.module is not gm}]
-    for module in modules:
-        module.graph.eliminate_dead_code()
     kept = inputs.drop_unused()
     for module in modules:
         module.graph.lint()
@@ -88,23 +92,36 @@ def _replace(match: Match, config: SiteConfig, inputs: _Inputs) -> None:
 def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: Argument, transposed: bool) -> None:
     """Put `pixelfly::linear` of these arguments, and what it does not do itself, in place of a matmul."""
     graph, node = match.module.graph, match.node
-    x = match.x
-    left = match.left and x.meta["example_value"].dim() > 1
-    features = int(node.meta["example_value"].shape[-2 if left else -1])
     with graph.inserting_before(node):
-        if left:
-            x = graph.call_function(torch.transpose, (x, -1, -2))
-        pair = graph.call_function(torch.ops.pixelfly.linear.default, (x, blocks, u, v, index, features, transposed))
-        y = graph.call_function(operator.getitem, (pair, 0))
-        if left:
-            y = graph.call_function(torch.transpose, (y, -1, -2))
-        for term in (match.bias, match.addend):
-            if term is not None:
-                cast = graph.call_method("to", (term, match.dtype))
-                y = graph.call_function(operator.add, (y, cast))
+        x = _traced(match.operands.enter, match.x)
+        arguments = (x, blocks, u, v, index, match.out_features, transposed)
+        pair = graph.call_function(torch.ops.pixelfly.linear.default, arguments)
+        y = _plus(graph.call_function(operator.getitem, (pair, 0)), match.bias, match.dtype)
+        y = _plus(_traced(match.operands.leave, y), match.addend, match.dtype)
     y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
+
+
+def _traced(step: Step, node: Node) -> Node:
+    """What the step does with a tensor, as nodes behind this one."""
+    result: Node = step(Proxy(node, GraphAppendingTracer(node.graph))).node
+    return result
+
+
+def _plus(y: Node, term: Node | None, dtype: torch.dtype) -> Node:
+    if term is None:
+        return y
+    return y.graph.call_function(operator.add, (y, y.graph.call_method("to", (term, dtype))))
+
+
+def erase_unused(node: Node) -> None:
+    """Erase what only brought the dense weight to its matmul. Nothing else: what has no users may have an effect."""
+    if node.op.startswith("call") and not node.users and not node._erased:
+        sources = node.all_input_nodes
+        node.graph.erase_node(node)
+        for source in sources:
+            erase_unused(source)
 
 
 class _Inputs:
@@ -117,25 +134,14 @@ class _Inputs:
         self._nodes: dict[tuple[GraphModule, CompactInput], Node] = {}
         self._shared: dict[tuple[object, ...], CompactInput] = {}
 
-    def weight_node(self, site: str) -> Node:
-        return self.placeholders[self.weights[site]]
-
-    def stored_in_out(self, match: Match) -> bool:
-        """Is the parameter itself stored (in, out)? A checkpoint's body may be given its transpose."""
-        body, top = match.weight.meta["example_value"].shape, self.weight_node(match.site).meta["example_value"].shape
-        if body == top or match.module is self.gm:
-            return match.transposed
-        return not match.transposed
-
     def get(self, part: str, match: Match, config: SiteConfig) -> Node:
         """The placeholder, in the graph of `match`, of one part of its compact weight."""
-        transposed = self.stored_in_out(match)
-        key = CompactInput(part, self.weights[match.site], config, transposed, match.dtype)
-        out_features, in_features = self.weight_node(match.site).meta["example_value"].shape[:: -1 if transposed else 1]
+        position = self.weights[parameter_of(match.site)]
+        key = CompactInput(part, position, config, match.transposed, match.dtype, match.region)
         if part == "index":
-            key = self._shared.setdefault((part, out_features, in_features, config), key)
+            key = self._shared.setdefault((part, match.out_features, match.in_features, config), key)
         elif part == "v" and self.share_basis:
-            key = self._shared.setdefault((part, in_features, config.rank, match.dtype), key)
+            key = self._shared.setdefault((part, match.in_features, config.rank, match.dtype), key)
         return self._placeholder(match.module, key)
 
     def _placeholder(self, module: GraphModule, key: CompactInput) -> Node:

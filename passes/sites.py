@@ -4,28 +4,41 @@
         x1 = x.view(-1, 64)                  -->     Match("fc.weight", node=addmm, x=x1, weight=weight, bias=bias)
         y = torch.addmm(bias, x1, weight)
 
-A `Site` is a value: one per weight, however many matmuls use it. A `Match` is one matmul node of the graph, with what a
-rewrite needs. A weight that cannot become sparse is a site with a reason (it still counts in the budget). A parameter
-of two or more dimensions that no matmul uses is `Skipped`, with a reason. Nothing is dropped silently.
+A `Site` is a value: one for each weight, however many matmuls use it, or for each part of a weight that matmuls use by
+itself (chunks of a packed qkv). A `Match` is one matmul node of the graph, with what a rewrite needs. A weight that
+cannot become sparse is a site with a reason (it still counts in the budget). A parameter of two or more dimensions that
+no matmul uses is `Skipped`, with a reason, and with the flops of what else multiplies with it. Nothing is dropped
+silently.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.fx import GraphModule, Node
 
+from pixelfly_compiler.passes.flops import hint, other_flops
+from pixelfly_compiler.passes.forms import Operands, operands_of
 from pixelfly_compiler.passes.roles import assign_roles
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from pixelfly_compiler.passes.weights import (
+    FLOATS,
+    Region,
+    Use,
+    is_call,
+    nodes_without_gradients,
+    overlap,
+    parameter_names,
+    placeholders,
+    qualified_name,
+    uses,
+    value_of,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,11 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight and the matmuls that use it. `rows` is the hint of the symbolic `rows_expr`, their rows together."""
+    """One weight, or a part of one, and the matmuls that use it.
+
+    `name` is the parameter's, with the part's indices behind it. `region` is the matrix inside the parameter, None if
+    it is all of a two-dimensional one. `rows` is the hint of the symbolic `rows_expr`, the rows of all its matmuls.
+    """
 
     name: str
     weight_shape: tuple[int, ...]
@@ -55,6 +72,7 @@ class Site:
     shared: bool = False  # the weight also feeds an embedding lookup, which stays dense
     aliases: tuple[str, ...] = ()  # the weight's other names in the model (tied weights)
     reason: str | None = None  # why this site cannot be sparse, None if it can
+    region: Region | None = None
     nodes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -62,14 +80,28 @@ class Site:
         """Elements of the dense weight."""
         return self.out_features * self.in_features
 
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter."""
+        return parameter_of(self.name)
+
+    @property
+    def label(self) -> str:
+        """The indices of its part of the parameter, if it is one."""
+        return self.name.removeprefix(self.parameter)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter in the name of a site: attn.in_proj_weight[64:128] -> attn.in_proj_weight."""
+    return name.partition("[")[0]
+
 
 @dataclass(frozen=True)
 class Match:
-    """One matmul node of site `site`.
+    """One matmul node of site `site`, as `Operands` puts it.
 
-    `weight` is the placeholder, in the graph of `node`, that carries the weight: (in, out) if `transposed`.
-    The node computes x @ W^T (+ bias) with x (..., in), or, if `left`, W @ x with x (..., in, columns) or (in,).
-    `addend` is a bias that is no vector of length `out` (addmm's general first argument); add it to the result.
+    `weight` is the node that it multiplies with. The parameter, or its part `region`, is stored (in, out) if
+    `transposed`.
     """
 
     site: str
@@ -78,9 +110,12 @@ class Match:
     x: Node
     weight: Node
     transposed: bool
+    operands: Operands
+    out_features: int
+    in_features: int
+    region: Region | None = None
     bias: Node | None = None
     addend: Node | None = None
-    left: bool = False
     rows: int = 0
     rows_expr: str = "0"
     dtype: torch.dtype = torch.float32
@@ -88,7 +123,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A parameter of two or more dimensions that no matmul uses as its weight, and why."""
+    """A parameter of two or more dimensions that no matmul uses as its weight, and why.
+
+    `flops` are those of the operations with it that the counter of torch knows, such as convolutions.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -96,6 +134,7 @@ class Skipped:
     lookup: bool = False  # an embedding table
     used: bool = True
     aliases: tuple[str, ...] = ()
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,261 +146,70 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-# ---- names ----
-
-_ROOT = re.compile(r"^[LG]\['([^']*)'\]")
-_TOKEN = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(-?\d+)\]|\.([A-Za-z_]\w*)")
-_PLUMBING = {"_modules", "_parameters", "_orig_mod", "__dict__", "cell_contents", "__self__"}
-_CLOSURE = re.compile(r"\.__closure__\[\d+\]")
+# ---- one matmul ----
 
 
-def source_name(node: Node) -> str | None:
-    """Dynamo's name of where a placeholder comes from: a string or a method, by version."""
-    source = getattr(node, "_dynamo_source", None)
-    name = getattr(source, "name", None)
-    return name() if callable(name) else name
-
-
-def qualified_name(source: str) -> tuple[str, str]:
-    """(root, name): L['self']._modules['h']._modules['0'].lin.weight -> ("self", "h.0.lin.weight")."""
-    root = _ROOT.match(source)
-    rest = source[root.end() :] if root else source
-    tokens = [next(part for part in match if part) for match in _TOKEN.findall(_CLOSURE.sub("", rest))]
-    name = ".".join(token for token in tokens if token not in _PLUMBING)
-    base = root.group(1) if root else source
-    return base, name or base
-
-
-def placeholders(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
-
-
-def parameter_names(gm: GraphModule, example_inputs: Sequence[object]) -> dict[str, str]:
-    """Placeholder name -> parameter name, for every placeholder whose example input is a parameter.
-
-    Names are relative to the module Dynamo saw as `self`; two roots with a parameter of the same name keep their root.
-    """
-    found: dict[str, tuple[str, str]] = {}
-    for node, value in zip(placeholders(gm), example_inputs, strict=False):
-        if isinstance(value, nn.Parameter):
-            source = source_name(node)
-            found[node.name] = qualified_name(source) if source else ("", node.name)
-    names = [name for _, name in found.values()]
-    return {key: name if names.count(name) == 1 else f"{root}.{name}" for key, (root, name) in found.items()}
-
-
-def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object], model: nn.Module) -> dict[str, str]:
-    """As `parameter_names`, but with the model's own names, also where Dynamo saw only one of its submodules."""
-    own = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
-    names = parameter_names(gm, example_inputs)
-    for node, value in zip(placeholders(gm), example_inputs, strict=False):
-        if id(value) in own:
-            names[node.name] = own[id(value)]
-    return names
-
-
-# ---- the weight side: from a parameter to the nodes that use it ----
-
-
-@dataclass(frozen=True)
-class Use:
-    """One node that consumes the weight; `flipped` if what it consumes is the transpose of the parameter."""
-
-    module: GraphModule
-    user: Node
-    operand: Node
-    weight: Node
-    flipped: bool
-    weight_flipped: bool
-
-
-def _value(node: object) -> torch.Tensor | None:
-    value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _is_call(node: Node, functions: Sequence[object], *methods: str) -> bool:
-    if node.op == "call_function":
-        return any(node.target is function for function in functions)
-    return node.op == "call_method" and node.target in methods
-
-
-def _swaps_two_dims(node: Node) -> bool:
-    """Is this node the transpose of its two-dimensional input?"""
-    if _is_call(node, (torch.t, torch.adjoint), "t", "adjoint"):
-        return True
-    if _is_call(node, (getattr,)) and node.args[1] in ("T", "mT", "H", "mH"):
-        return True
-    if _is_call(node, (torch.transpose, torch.swapaxes, torch.swapdims), "transpose", "swapaxes", "swapdims"):
-        dims = [*node.args[1:], *node.kwargs.values()]
-        return len(dims) == 2 and all(isinstance(d, int) for d in dims) and {int(str(d)) % 2 for d in dims} == {0, 1}
-    if _is_call(node, (torch.permute,), "permute"):
-        dims = list(node.args[1]) if isinstance(node.args[1], tuple | list) else list(node.args[1:])
-        return [int(str(d)) % 2 for d in dims] == [1, 0]
-    return False
-
-
-def _is_identity(node: Node) -> bool:
-    """A node that returns the weight as it is: `contiguous`, `.to(its own dtype)`."""
-    if _is_call(node, (), "contiguous"):
-        return True
-    before, after = _value(node.args[0] if node.args else None), _value(node)
-    if before is None or after is None or not _is_call(node, (), "to", "float", "bfloat16", "half", "type_as"):
-        return False
-    return before.dtype == after.dtype and before.device == after.device
-
-
-def _carried(node: Node) -> Node:
-    """What a chain of transposes starts from."""
-    while (_swaps_two_dims(node) or _is_identity(node)) and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
-
-
-_CHECKPOINTS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
-
-
-def _checkpoint_body(module: GraphModule, node: Node) -> GraphModule | None:
-    """The body of an activation checkpoint called here and nowhere else; its placeholders are args[1:], in order."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _CHECKPOINTS:
-        return None
-    attribute = node.args[0] if node.args else None
-    if not isinstance(attribute, Node) or attribute.op != "get_attr" or len(attribute.users) != 1:
-        return None
-    body = getattr(module, str(attribute.target), None)
-    return body if isinstance(body, GraphModule) else None
-
-
-def uses_of(module: GraphModule, node: Node, weight: Node, flipped: bool, weight_flipped: bool) -> Iterator[Use]:
-    """Follow the weight through transposes and into activation checkpoints."""
-    for user in node.users:
-        if _swaps_two_dims(user):
-            yield from uses_of(module, user, weight, not flipped, weight_flipped)
-        elif _is_identity(user):
-            yield from uses_of(module, user, weight, flipped, weight_flipped)
-        elif (body := _checkpoint_body(module, user)) is not None:
-            for argument, inner in zip(user.args[1:], placeholders(body), strict=False):
-                if argument is node:
-                    yield from uses_of(body, inner, inner, flipped, flipped)
-        else:
-            yield Use(module, user, node, weight, flipped, weight_flipped)
-
-
-# ---- the matmul side: which operand is the weight ----
-
-
-@dataclass(frozen=True)
-class _Operands:
-    x: object
-    weight: object
-    bias: object = None
-    weight_is_in_out: bool = False
-    left: bool = False
-
-
-def _linear(node: Node, operand: Node) -> _Operands | None:
-    if not _is_call(node, (F.linear, torch._C._nn.linear)):
-        return None
-    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
-    return _Operands(x, weight, bias)
-
-
-def _addmm(node: Node, operand: Node) -> _Operands | None:
-    if not _is_call(node, (torch.addmm,), "addmm"):
-        return None
-    if any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
-        return None
-    bias, left, right = _arguments(node, ("input", "mat1", "mat2"))
-    # A weight on the left would need the bias along the other dimension; nobody writes it.
-    return _Operands(left, right, bias, weight_is_in_out=True)
-
-
-_MATMULS = (torch.mm, torch.matmul, operator.matmul, torch.mv)
-
-
-def _matmul(node: Node, operand: Node) -> _Operands | None:
-    if not _is_call(node, _MATMULS, "mm", "matmul", "__matmul__", "mv"):
-        return None
-    left, right, *_ = [*node.args, *node.kwargs.values()]
-    if right is operand:
-        return _Operands(left, right, weight_is_in_out=True)
-    return _Operands(right, left, left=True)
-
-
-def _arguments(node: Node, names: Sequence[str]) -> list[object]:
-    """Positional or keyword arguments by name; None where absent."""
-    given = dict(zip(names, node.args, strict=False))
-    return [given.get(name, node.kwargs.get(name)) for name in names]
-
-
-PATTERNS: tuple[Callable[[Node, Node], _Operands | None], ...] = (_linear, _addmm, _matmul)
-
-
-def _match(use: Use, site: str) -> Match | None:
+def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
-    for pattern in PATTERNS:
-        operands = pattern(use.user, use.operand)
-        if operands is not None and operands.weight is use.operand:
-            return _build_match(use, site, operands)
-    return None
+    operands, out = operands_of(use.user, use.operand), value_of(use.user)
+    if operands is None or out is None:
+        return None
+    matrix = _matrix(operands, use.view)
+    if matrix is None or matrix.dim() != 2:
+        return None
+    region = Region.of(matrix)
+    out_features, in_features = matrix.shape
+    bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
+    return Match(
+        site=name + region.label(shape),
+        module=use.module,
+        node=use.user,
+        x=operands.x,  # type: ignore[arg-type]  # `operands_of` has seen that it is a node
+        weight=use.operand,
+        transposed=Region.is_flipped(matrix),
+        operands=operands,
+        out_features=out_features,
+        in_features=in_features,
+        region=None if region.is_all_of(shape) else region,
+        bias=bias,
+        addend=addend,
+        rows=math.prod(hint(size) for size in out.shape) // max(out_features, 1),
+        rows_expr=str(sympy.prod([_expression(size) for size in out.shape]) / max(out_features, 1)),
+        dtype=out.dtype,
+    )
 
 
-def matmuls(uses: Iterable[Use], site: str) -> tuple[list[Match], list[Use]]:
-    """Those of a weight's uses that are matmuls with it, and the others."""
+def matmuls(
+    uses: Sequence[Use], name: str, shape: Sequence[int], without_gradients: Collection[Node] = ()
+) -> tuple[list[Match], list[Use]]:
+    """Those of the uses of a weight that are matmuls with it, and the others.
+
+    What takes the weight twice multiplies it with itself.
+    """
+    times = Counter(use.user for use in uses)
     matches: list[Match] = []
     others: list[Use] = []
     for use in uses:
-        match = _match(use, site)
+        match = _match(use, name, shape) if times[use.user] == 1 and use.reaches(without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
 
 
-def _build_match(use: Use, site: str, operands: _Operands) -> Match | None:
-    x, out, weight = operands.x, _value(use.user), _value(use.operand)
-    if not isinstance(x, Node) or _carried(x) is use.weight or out is None or weight is None or weight.dim() != 2:
+def _matrix(operands: Operands, view: torch.Tensor) -> torch.Tensor | None:
+    """The weight as (out, in), if that is a view of it."""
+    try:
+        matrix = operands.matrix(view)
+    except (RuntimeError, IndexError):
         return None
-    x_value = _value(x)
-    if x_value is None:
-        return None
-    contracted = -2 if operands.left and x_value.dim() > 1 else -1
-    sizes = [size for dim, size in enumerate(x_value.shape) if dim != x_value.dim() + contracted]
-    bias = operands.bias if isinstance(operands.bias, Node) else None
-    bias_value = _value(bias)
-    is_vector = bias_value is not None and bias_value.dim() == 1 and bias_value.shape[0] == out.shape[-1]
-    return Match(
-        site=site,
-        module=use.module,
-        node=use.user,
-        x=x,
-        weight=use.weight,
-        # The operand is (in, out) or (out, in); each transpose between it and the placeholder flips that.
-        transposed=operands.weight_is_in_out ^ (use.flipped ^ use.weight_flipped),
-        bias=bias if is_vector else None,
-        addend=None if is_vector else bias,
-        left=operands.left,
-        rows=math.prod(_hint(size) for size in sizes),
-        rows_expr=str(sympy.prod([_expression(size) for size in sizes])),
-        dtype=out.dtype,
-    )
+    return matrix if matrix.untyped_storage()._cdata == view.untyped_storage()._cdata else None
 
 
 def _expression(size: object) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))  # type: ignore[call-overload]
 
 
-def _hint(size: object) -> int:
-    """A number for a size that may be symbolic: the value seen while tracing, 1 if there is none."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)  # type: ignore[call-overload]
-    try:
-        hint = size.node.hint
-    except Exception:  # unbacked sizes raise, of a class that differs by version
-        hint = None
-    return 1 if hint is None else int(hint)
-
-
-# ---- together ----
+# ---- one weight ----
 
 
 def ineligible(weight: torch.Tensor) -> str | None:
@@ -400,52 +248,113 @@ def _describe(node: Node) -> str:
 def _is_lookup(use: Use) -> bool:
     """An embedding lookup in this table: it stays dense, and does not stop the weight from being a site."""
     user = use.user
-    if _is_call(user, (F.embedding, torch.embedding)):
+    if is_call(user, (F.embedding, torch.embedding)):
         return use.operand in user.args[:2] or user.kwargs.get("weight") is use.operand
-    return _is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
+    return is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
 
 
 def _is_dead(use: Use) -> bool:
     """Nodes that only look at the weight's metadata."""
-    return not use.user.users and use.user.op in ("call_function", "call_method")
+    return not use.user.users and use.user.op in ("call_function", "call_method") and not _mutates(use.user)
 
 
-def _site_of_weight(gm: GraphModule, node: Node, weight: torch.Tensor, name: str) -> tuple[Site | Skipped, list[Match]]:
-    shape = tuple(int(size) for size in weight.shape)
-    uses = [use for use in uses_of(gm, node, node, False, False) if not _is_dead(use)]
-    matches, rest = matmuls(uses, name) if weight.dim() == 2 else ([], uses)
-    others = [use for use in rest if not _is_lookup(use)]
-    if not matches:
-        return Skipped(
-            name, shape, _why_no_matmul(weight, uses, others), lookup=bool(uses) and not others, used=bool(uses)
-        ), []
-    orientations = {_stored_in_out(match, uses) for match in matches}
-    transposed = _stored_in_out(matches[0], uses)
-    reason = ineligible(weight)
-    if reason is None and others:
-        reason = f"the weight is also used by {_describe(others[0].user)}"
-    if reason is None and len(orientations) == 2:
-        reason = "the weight is used in both orientations (W and its transpose)"
-    out_features, in_features = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
-    shared = len(uses) > len(matches) + len(others)
-    site = Site(
-        name=name,
-        weight_shape=shape,
-        out_features=out_features,
-        in_features=in_features,
-        transposed=transposed,
-        rows=sum(match.rows for match in matches),
-        rows_expr=str(sum((sympy.sympify(match.rows_expr) for match in matches), sympy.Integer(0))),
-        role="",
-        dtype=_dtype_name(matches[0].dtype),
-        device=str(weight.device),
-        uses=len(matches),
-        shared=shared,
-        aliases=_names_at_use(name, matches) if shared else (),
-        reason=reason,
-        nodes=tuple(match.node.name for match in matches),
-    )
-    return site, matches
+def _mutates(node: Node) -> bool:
+    """May this node write to an argument? By its name, as PyTorch's are: `mul_`, `setitem`, `iadd`, or an `out`."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name == "setitem" or name.startswith("i") or "out" in node.kwargs
+
+
+# Part of an operation's name -> why it stays dense.
+_HINTS = {
+    "conv": "a convolution with groups, padding or windows that overlap",
+    "bmm": "which multiplies with several matrices at once",
+    "grouped_mm": "which multiplies with several matrices at once",
+    "_weight_norm": "which computes the weight of the matmul from it",
+}
+
+
+class _Weight:
+    """One parameter of a graph: its uses, sorted into matmuls, lookups and others."""
+
+    def __init__(
+        self, gm: GraphModule, node: Node, value: torch.Tensor, name: str, without_gradients: Collection[Node]
+    ) -> None:
+        self.name, self.shape, self.value = name, tuple(int(size) for size in value.shape), value
+        self.uses = [use for use in uses(gm, node, self.shape) if not _is_dead(use)]
+        self.matches, rest = matmuls(self.uses, name, self.shape, without_gradients)
+        self.others = [use for use in rest if not _is_lookup(use)]
+
+    @property
+    def looked_up(self) -> bool:
+        return len(self.uses) > len(self.matches) + len(self.others)
+
+    def sites(self) -> list[Site]:
+        names = dict.fromkeys(match.site for match in self.matches)
+        return [self._site([match for match in self.matches if match.site == name]) for name in names]
+
+    def _site(self, matches: Sequence[Match]) -> Site:
+        first = matches[0]
+        return Site(
+            name=first.site,
+            weight_shape=self.shape,
+            out_features=first.out_features,
+            in_features=first.in_features,
+            transposed=first.transposed,
+            rows=sum(match.rows for match in matches),
+            rows_expr=str(sum((sympy.sympify(match.rows_expr) for match in matches), sympy.Integer(0))),
+            role="",
+            dtype=_dtype_name(first.dtype),
+            device=str(self.value.device),
+            uses=len(matches),
+            shared=self.looked_up,
+            aliases=_names_at_use(first.site, matches) if self.looked_up else (),
+            reason=ineligible(self.value) or self._conflict(matches),
+            region=first.region,
+            nodes=tuple(match.node.name for match in matches),
+        )
+
+    def _region(self, match: Match) -> Region:
+        return match.region or Region(self.shape, (self.shape[-1], 1), 0)
+
+    def _conflict(self, matches: Sequence[Match]) -> str | None:
+        """Why what one matmul uses cannot change: something else uses it too, and in another way."""
+        first = self._region(matches[0])
+        box = first.box(self.shape)
+        for use in self.others:
+            if overlap(box, _box(use.view, self.shape)):
+                return f"the weight is also used by {_describe(use.user)}"
+        if not first.is_box(self.shape):
+            return "a part of the weight with gaps"
+        if any(match.transposed != matches[0].transposed for match in matches):
+            return "the weight is used in both orientations (W and its transpose)"
+        for other in self.matches:
+            region = self._region(other)
+            if region != first and overlap(box, region.box(self.shape)):
+                return f"matmuls use parts of the weight that overlap: {matches[0].site} and {other.site}"
+        return None
+
+    def skipped(self, flops: int) -> Skipped:
+        lookup = bool(self.uses) and not self.others
+        return Skipped(self.name, self.shape, self._why_no_matmul(), lookup, used=bool(self.uses), flops=flops)
+
+    def _why_no_matmul(self) -> str:
+        reason = ineligible(self.value)
+        if reason is not None:
+            return reason
+        if not self.uses:
+            return "not used in this graph"
+        if not self.others:
+            return "an embedding lookup, not a matmul"
+        user = self.others[0].user
+        hint = next(
+            (text for word, text in _HINTS.items() if word in str(user.target)), "not by a matmul pixelfly knows"
+        )
+        return f"used by {_describe(user)}, {hint}"
+
+
+def _box(view: torch.Tensor, shape: Sequence[int]) -> tuple[range, ...]:
+    return Region(tuple(view.shape), view.stride(), int(view.storage_offset())).box(shape)
 
 
 def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
@@ -459,23 +368,6 @@ def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
     return tuple(other for other in names if other != name)
 
 
-def _stored_in_out(match: Match, uses: Sequence[Use]) -> bool:
-    """Is the parameter itself (not the node that carries it into a checkpoint) stored (in, out) for this matmul?"""
-    flipped = next(use.weight_flipped for use in uses if use.user is match.node and use.weight is match.weight)
-    return match.transposed ^ flipped
-
-
-def _why_no_matmul(weight: torch.Tensor, uses: Sequence[Use], others: Sequence[Use]) -> str:
-    reason = ineligible(weight)
-    if reason is not None:
-        return reason
-    if not uses:
-        return "not used in this graph"
-    if not others:
-        return "an embedding lookup, not a matmul"
-    return f"used by {_describe(others[0].user)}, not by a matmul pixelfly knows"
-
-
 def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping[str, str] | None = None) -> Found:
     """Sites, matches and skipped parameters of a Dynamo graph.
 
@@ -483,21 +375,23 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     that is not in it is no weight. The graph is not changed.
     """
     names = parameter_names(gm, example_inputs) if names is None else names
-    sites: list[Site] = []
-    matches: list[Match] = []
-    skipped: list[Skipped] = []
-    nodes: dict[str, list[Node]] = {}
-    for node, value in zip(placeholders(gm), example_inputs, strict=False):
-        if node.name not in names or not isinstance(value, torch.Tensor) or value.dim() < 2:
-            continue
-        site, found = _site_of_weight(gm, node, value, names[node.name])
-        if isinstance(site, Skipped):
-            skipped.append(site)
-            continue
-        sites.append(site)
-        nodes[site.name] = [match.node for match in found]
-        if site.reason is None:
-            matches += found
+    parameters = {
+        node: value
+        for node, value in zip(placeholders(gm), example_inputs, strict=False)
+        if node.name in names and isinstance(value, torch.Tensor)
+    }
+    frozen = nodes_without_gradients(gm)
+    weights = {
+        node: _Weight(gm, node, value, names[node.name], frozen)
+        for node, value in parameters.items()
+        if value.dim() >= 2
+    }
+    matches = [match for weight in weights.values() for match in weight.matches]
+    flops = other_flops(gm, {node: node in weights for node in parameters}, {match.node for match in matches})
+    sites = [site for weight in weights.values() for site in weight.sites()]
+    nodes = {site.name: [match.node for match in matches if match.site == site.name] for site in sites}
     roles = assign_roles(gm, [(site.name, site.weight_shape, nodes[site.name]) for site in sites])
     sites = [replace(site, role=roles[site.name]) for site in sites]
-    return Found(tuple(sites), tuple(matches), tuple(skipped))
+    eligible = {site.name for site in sites if site.reason is None}
+    skipped = [weight.skipped(flops[node]) for node, weight in weights.items() if not weight.matches or flops[node]]
+    return Found(tuple(sites), tuple(match for match in matches if match.site in eligible), tuple(skipped))

@@ -28,11 +28,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
-from pixelfly_compiler.errors import OptionError
+from pixelfly_compiler.errors import OptionError, raised_as_they_are
 from pixelfly_compiler.kernels.gpus import why_no_kernels
 from pixelfly_compiler.passes.fold_densify import fold_densify
+from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names, placeholders
+from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_of
+from pixelfly_compiler.passes.weights import parameter_names, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
 from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
@@ -44,6 +46,7 @@ _weights = CompactWeights()
 _decided: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
+@raised_as_they_are
 def pixelfly(
     gm: GraphModule,
     example_inputs: Sequence[Any],
@@ -55,7 +58,7 @@ def pixelfly(
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
-    gm = own_copy(gm)
+    gm = open_composites(own_copy(gm))
     folded = fold_densify(gm, _has_kernels)
     names = parameter_names(gm, example_inputs)
     found = _dense_without_kernels(find_sites(gm, example_inputs, names))
@@ -69,11 +72,12 @@ def pixelfly(
         return inductor(gm, example_inputs, patches)
     if not configs:
         return announcer.watch(inductor(gm, example_inputs, patches), plan, whole)
-    _check_basis(plan, [example_inputs[weights[name]] for name in configs])
+    planned = {name: example_inputs[weights[parameter_of(name)]] for name in configs}
+    _check_basis(plan, list(planned.values()))
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _trace(plan)
-    announcer.sparse(plan, found, {name: example_inputs[weights[name]] for name in configs}, whole)
+    announcer.sparse(plan, found, planned, whole)
     inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
     compiled = inductor(gm, inputs, patches)
 
@@ -119,7 +123,7 @@ def _is_whole_model(gm: GraphModule) -> bool:
     if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
         return False
     torch_folder = str(Path(torch.__file__).parent)
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)  # above `pixelfly` and its decorator
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         if not frame.f_code.co_filename.startswith(torch_folder):
             return False
@@ -158,7 +162,8 @@ def _settled(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Se
 def _dense_if_settled(found: Found, settled: set[str]) -> Found:
     reason = "sparsify_ left it dense; an option (options={'budget': ...}) makes it sparse here"
     sites = tuple(
-        replace(site, reason=reason) if site.reason is None and site.name in settled else site for site in found.sites
+        replace(site, reason=reason) if site.reason is None and site.parameter in settled else site
+        for site in found.sites
     )
     return replace(found, sites=sites)
 
@@ -177,14 +182,14 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     key = repr(config)
     known: dict[str, Entry] = {}
     for site in found.sites:
-        entry = _decided.get(weights[site.name], {}).get(key)
+        entry = _decided.get(weights[site.parameter], {}).get(key + site.label)
         if entry is not None and entry.transposed == site.transposed:
             known[site.name] = entry
-    training = torch.is_grad_enabled() and any(weights[site.name].requires_grad for site in found.sites)
+    training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
     if config.plan is None:
         for site in found.sites:
-            _decided.setdefault(weights[site.name], {})[key] = plan[site.name]
+            _decided.setdefault(weights[site.parameter], {})[key + site.label] = plan[site.name]
     return plan
 
 

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from pixelfly_compiler.passes.sites import Found, Site, Skipped, find_sites, parameter_names_by_identity
+from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.sites import Found, Site, Skipped, find_sites
+from pixelfly_compiler.passes.weights import parameter_names_by_identity
 
 Record = tuple[GraphModule, tuple[Any, ...]]
 _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)
@@ -22,6 +24,7 @@ _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", defau
 
 def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles nothing and records each *run*, so that a graph that serves two layers counts twice."""
+    open_composites(gm)
 
     def run(*inputs: Any) -> Any:
         records = _records.get()
@@ -115,18 +118,25 @@ def merge(found: Sequence[Found]) -> Found:
         for site in one.sites:
             sites[site.name] = _merge_sites(sites[site.name], site) if site.name in sites else site
         for item in one.skipped:
-            # Elsewhere unused or a lookup says less than any other reason.
-            if item.name not in skipped or skipped[item.name].lookup:
-                skipped[item.name] = item
+            if item.name in skipped:
+                item = _merge_skipped(skipped[item.name], item)
+            skipped[item.name] = item
     for name in [name for name in skipped if name in sites]:
-        item = skipped.pop(name)
+        item = skipped[name]
         site = sites[name]
+        if not item.flops:
+            del skipped[name]
         if item.lookup:
             sites[name] = replace(site, shared=True)
         elif item.used and site.reason is None:
             sites[name] = replace(site, reason=f"in another graph: {item.reason}")
     matches = tuple(match for one in found for match in one.matches)
     return Found(tuple(sites.values()), matches, tuple(skipped.values()))
+
+
+def _merge_skipped(a: Skipped, b: Skipped) -> Skipped:
+    """Elsewhere unused or a lookup says less than any other reason."""
+    return replace(b if a.lookup or not a.used else a, flops=a.flops + b.flops)
 
 
 def _merge_sites(a: Site, b: Site) -> Site:
@@ -145,6 +155,6 @@ def _merge_sites(a: Site, b: Site) -> Site:
 
 
 def _with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:
-    sites = tuple(replace(site, aliases=names.get(site.name, ())) for site in found.sites)
+    sites = tuple(replace(site, aliases=names.get(site.parameter, ())) for site in found.sites)
     skipped = tuple(replace(item, aliases=names.get(item.name, ())) for item in found.skipped)
     return replace(found, sites=sites, skipped=skipped)

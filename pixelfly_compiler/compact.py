@@ -23,6 +23,7 @@ from pixelfly_compiler.kernels.projection_cpu import Projector
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 from pixelfly_compiler.passes.rewrite import CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
+from pixelfly_compiler.passes.weights import Region
 
 
 @lru_cache(maxsize=512)
@@ -48,11 +49,12 @@ class Form:
     transposed: bool
     dtype: torch.dtype
     basis: str
+    region: Region | None = None
 
     @cached_property
     def name(self) -> str:
         """What the form is, whichever the weight: a key that is cheap to look up."""
-        return f"{self.config} {self.transposed} {self.dtype} {self.basis}"
+        return f"{self.config} {self.transposed} {self.dtype} {self.basis} {self.region}"
 
 
 @dataclass
@@ -111,8 +113,9 @@ def _entry(weight: Tensor, form: Form) -> _Entry:
     # Not inference tensors, even in inference mode: training may use them next.
     with torch.inference_mode(False), torch.no_grad():
         version = None if weight.is_inference() or _is_gathered(weight) else weight._version
-        sample = _sample(weight.detach())
-        return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(weight.detach(), form))
+        matrix = _matrix(weight.detach(), form)
+        sample = _sample(matrix)
+        return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(matrix, form))
 
 
 def _is_gathered(weight: Tensor) -> bool:
@@ -124,17 +127,17 @@ def _is_gathered(weight: Tensor) -> bool:
     return any(held.get("_unsharded_param") is weight for held in fields)
 
 
-def _sample(weight: Tensor) -> Tensor:
+def _sample(matrix: Tensor) -> Tensor:
     """A few elements, as integers, in the weight's own memory. What is written to `weight.data` leaves no trace in the
     version, and some optimizers write there: but then hardly any element stays as it is.
     """
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    rows, columns = (max(size // 3, 1) for size in weight.shape)
-    return weight[::rows, ::columns].view(integer)
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
+    rows, columns = (max(size // 3, 1) for size in matrix.shape)
+    return matrix[::rows, ::columns].view(integer)
 
 
-def _compact(weight: Tensor, form: Form) -> Compact:
-    dense, rank = _oriented(weight, form), form.config.rank
+def _compact(matrix: Tensor, form: Form) -> Compact:
+    dense, rank = _oriented(matrix, form), form.config.rank
     if form.basis == "svd" and rank:
         blocks, u, v = projection.project_svd(dense, _support(dense, form.config), rank)
         return Compact(*(part.to(form.dtype).contiguous() for part in (blocks, u, v)))
@@ -142,9 +145,14 @@ def _compact(weight: Tensor, form: Form) -> Compact:
     return Compact(blocks, u, _basis(dense.shape[1], rank, dense.device, form.dtype))
 
 
-def _oriented(weight: Tensor, form: Form) -> Tensor:
-    """The weight as (out, in), however it is stored."""
-    return weight.t() if form.transposed else weight
+def _matrix(weight: Tensor, form: Form) -> Tensor:
+    """The weight, or the part of it that the form is of, as it is stored."""
+    return weight if form.region is None else form.region.view(weight)
+
+
+def _oriented(matrix: Tensor, form: Form) -> Tensor:
+    """The matrix as (out, in), however it is stored."""
+    return matrix.t() if form.transposed else matrix
 
 
 def _support(dense: Tensor, config: SiteConfig) -> Support:
@@ -156,16 +164,16 @@ def _projector(dense: Tensor, config: SiteConfig) -> Projector:
 
 
 class _Project(torch.autograd.Function):
-    """The cached (blocks, u) of a weight, as a differentiable function of it."""
+    """The cached (blocks, u) of a weight, as a differentiable function of its matrix."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
-        ctx.form, ctx.weight = form, weight.detach()
+    def forward(ctx: Any, matrix: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
+        ctx.form, ctx.matrix = form, matrix.detach()
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
     def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:
-        like = _oriented(ctx.weight, ctx.form)
+        like = _oriented(ctx.matrix, ctx.form)
         return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None
 
 
@@ -174,7 +182,7 @@ class CompactInputs:
 
     def __init__(self, added: tuple[CompactInput, ...], weights: CompactWeights, basis: str) -> None:
         self.weights = weights
-        forms = [Form(key.weight, key.config, key.transposed, key.dtype, basis) for key in added]
+        forms = [Form(key.weight, key.config, key.transposed, key.dtype, basis, key.region) for key in added]
         self.forms = list(dict.fromkeys(forms))
         self.parts = [(self.forms.index(form), key.part) for form, key in zip(forms, added, strict=True)]
         self.indices: dict[int, Tensor] = {}
@@ -190,7 +198,8 @@ class CompactInputs:
         return [self._example(args[self.forms[i].weight], self.forms[i], part) for i, part in self.parts]
 
     def _example(self, weight: Tensor, form: Form, part: str) -> Tensor:
-        support, rank, block = _support(_oriented(weight, form), form.config), form.config.rank, form.config.block
+        dense = _oriented(_matrix(weight.detach(), form), form)
+        support, rank, block = _support(dense, form.config), form.config.rank, form.config.block
         if part == "index":
             return support_index(support, weight.device)
         shapes = {
@@ -205,11 +214,11 @@ class CompactInputs:
         compact = self.weights.get(weight, form)
         blocks, u = compact.blocks, compact.u
         if weight.requires_grad and torch.is_grad_enabled():
-            blocks, u = _Project.apply(weight, form, compact)
+            blocks, u = _Project.apply(_matrix(weight, form), form, compact)
         return {"blocks": blocks, "u": u, "v": compact.v}
 
     def _index(self, args: tuple[Any, ...], form: Form) -> Tensor:
         """The index of the support: the same for every weight that can stand here."""
         weight = args[form.weight]
         with torch.inference_mode(False):
-            return support_index(_support(_oriented(weight, form), form.config), weight.device)
+            return support_index(_support(_oriented(_matrix(weight.detach(), form), form), form.config), weight.device)

@@ -12,15 +12,19 @@ from typing import Any
 
 from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteError
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
-from pixelfly_compiler.passes.sites import Site, SiteConfig
+from pixelfly_compiler.passes.sites import Site, SiteConfig, parameter_of
+from pixelfly_compiler.passes.weights import Region
 
-VERSION = 1
+VERSION = 2
 REPLAN = "make a plan for this model with pixelfly_compiler.plan(model, args)"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the plan says of one weight. One that no matmul uses has no role, and is not in the budget."""
+    """What the plan says of one weight, or of the part `region` of one that a matmul uses by itself.
+
+    A weight that no matmul uses has no role, and is not in the budget; `other_flops` are those of what else it does.
+    """
 
     name: str
     weight_shape: tuple[int, ...]
@@ -36,17 +40,25 @@ class Entry:
     config: SiteConfig | None = None
     reason: str | None = None
     speedup: float | None = None
+    region: Region | None = None
+    other_flops: int = 0
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter: that of the entry, without the indices of a part."""
+        return parameter_of(self.name)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Entry:
         """The entry that `dataclasses.asdict`, and JSON, made `values` of."""
-        config = values["config"]
+        config, region = values["config"], values["region"]
         return cls(
             **values
             | {
                 "weight_shape": tuple(values["weight_shape"]),
                 "aliases": tuple(values["aliases"]),
                 "config": None if config is None else SiteConfig(**config),
+                "region": None if region is None else Region.from_dict(region),
             }
         )
 
@@ -145,6 +157,10 @@ class Plan:
                 raise PlanMismatchError(
                     f"has shape {site.weight_shape}, {entry.weight_shape} in the plan", site=site.name, next_step=REPLAN
                 )
+            if entry.config is not None and entry.region != site.region:
+                raise PlanMismatchError(
+                    f"is laid out as {site.region}, as {entry.region} in the plan", site=site.name, next_step=REPLAN
+                )
             if entry.config is not None and entry.transposed != site.transposed:
                 raise PlanMismatchError(
                     f"is used {_orientation(site.transposed)}, {_orientation(entry.transposed)} in the plan",
@@ -163,10 +179,15 @@ class Plan:
         """Share of the dense compute of all sites that is kept."""
         return sum(entry.kept_flops for entry in self.entries) / max(sum(e.dense_flops for e in self.entries), 1)
 
+    @property
+    def dense_flops(self) -> int:
+        """Flops of everything that multiplies with a weight, sites and others, if all of it were dense."""
+        return sum(entry.dense_flops + entry.other_flops for entry in self.entries)
+
     @cached_property
     def digest(self) -> str:
         """A hash of what decides results, the same in every process: for cache keys."""
-        decisions = [(e.name, e.weight_shape, e.transposed, e.config and asdict(e.config)) for e in self.entries]
+        decisions = [(e.name, e.weight_shape, repr(e.region), e.transposed, repr(e.config)) for e in self.entries]
         return blake2b(json.dumps([self.version, self.basis, decisions]).encode(), digest_size=16).hexdigest()
 
     # ---- text ----

@@ -28,8 +28,10 @@ from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import EmitError, OptionError
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
+from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
-from pixelfly_compiler.passes.sites import Site, find_sites, parameter_names_by_identity
+from pixelfly_compiler.passes.sites import Site, find_sites
+from pixelfly_compiler.passes.weights import parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
 
 
@@ -132,7 +134,7 @@ class _Emitter:
         (folder / "kernels").mkdir(parents=True, exist_ok=True)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = own_copy(gm)
+        graph = open_composites(own_copy(gm))
         names = parameter_names_by_identity(graph, example_inputs, self.model)
         found = find_sites(graph, example_inputs, names)
         positions = weight_positions(graph, names)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class PixelflyError(Exception):
@@ -45,3 +51,27 @@ class UnknownSiteError(PlanError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the message quoted, with its line break escaped
+
+
+def raised_as_they_are(backend: Callable[P, T]) -> Callable[P, T]:
+    """A backend whose errors of ours reach the user: Dynamo hides all but its own in a `BackendCompilerFailed`."""
+
+    @wraps(backend)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return backend(*args, **kwargs)
+        except PixelflyError as error:
+            raise _as_one_of_dynamo(error) from None
+
+    return run
+
+
+def _as_one_of_dynamo(error: PixelflyError) -> PixelflyError:
+    """The same error, of a class that is Dynamo's too. Its traceback leaves out Dynamo's frames."""
+    from torch._dynamo.exc import ShortenTraceback  # heavy to import, and only needed here
+
+    kind = type(error)
+    both: type[PixelflyError] = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    same = both.__new__(both, *error.args)
+    same.__dict__.update(error.__dict__, first_useful_frame=sys._getframe(1))
+    return same.with_traceback(error.__traceback__)

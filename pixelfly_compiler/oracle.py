@@ -19,15 +19,24 @@ from pixelfly_compiler.kernels.support import Support
 
 
 def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
-    """P(W) for a weight of the entry's shape (as it is stored); a dense entry returns it as it is. Differentiable."""
+    """P(W) for a weight of the entry's shape (as it is stored); a dense entry returns it as it is. Differentiable.
+
+    Of an entry for a part of a weight, only that part changes.
+    """
     if tuple(weight.shape) != entry.weight_shape:
         raise PlanMismatchError(f"has shape {tuple(weight.shape)}, {entry.weight_shape} in the plan", site=entry.name)
     if basis not in BASES:
         raise PlanError(f"basis {basis!r}", site=entry.name, next_step=f"valid: {', '.join(BASES)}")
     if entry.config is None:
         return weight
-    projected = _project(weight.t() if entry.transposed else weight, entry.support(), entry.config.rank, basis)
-    return (projected.t() if entry.transposed else projected).contiguous().to(weight.dtype)
+    matrix = weight if entry.region is None else entry.region.view(weight)
+    projected = _project(matrix.t() if entry.transposed else matrix, entry.support(), entry.config.rank, basis)
+    stored = (projected.t() if entry.transposed else projected).contiguous().to(weight.dtype)
+    if entry.region is None:
+        return stored
+    whole = weight.clone(memory_format=torch.contiguous_format)
+    entry.region.view(whole).copy_(stored)
+    return whole
 
 
 def _project(weight: Tensor, support: Support, rank: int, basis: str) -> Tensor:
@@ -54,9 +63,9 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     model = getattr(model, "_orig_mod", model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for entry in plan.sparse:
-        if entry.name not in parameters:
+        if entry.parameter not in parameters:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        weight = parameters[entry.name]
+        weight = parameters[entry.parameter]
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
             _untie(model, weight, projected, entry, parameters)

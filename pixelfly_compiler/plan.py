@@ -72,7 +72,7 @@ def make_plan(
     notes: list[str] = []
     choice: dict[str, tuple[SiteConfig | None, str | None]] = {}
     for site in found.sites:
-        reason = site.reason or config.excludes((site.name, *site.aliases))
+        reason = site.reason or config.excludes((site.name, site.parameter, *site.aliases))
         if site.name in decided:
             choice[site.name] = (decided[site.name].config, decided[site.name].reason)
         elif reason is not None:
@@ -183,7 +183,7 @@ class _Problem:
             return [0.0] * len(configs)
         total = [0.0] * len(configs)
         for site in self.free[role]:
-            errors = ways.relative_errors(site, configs, self.weights.get(site.name))
+            errors = ways.relative_errors(site, configs, self.weights.get(site.parameter))
             total = [sum_ + site.elements * error**2 for sum_, error in zip(total, errors, strict=True)]
         return total
 
@@ -235,8 +235,9 @@ def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, devic
         config=config,
         reason=reason,
         speedup=speedup,
+        region=site.region,
     )
 
 
 def _skipped_entry(item: Skipped) -> Entry:
-    return Entry(name=item.name, weight_shape=item.shape, aliases=item.aliases, reason=item.reason)
+    return Entry(item.name, item.shape, aliases=item.aliases, reason=item.reason, other_flops=item.flops)

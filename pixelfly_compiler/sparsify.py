@@ -256,9 +256,11 @@ def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 
 
 def _why_dense(site: Site, owners: Mapping[str, Sequence[tuple[nn.Module, str]]]) -> str | None:
-    holders = owners.get(site.name, ())
+    holders = owners.get(site.parameter, ())
     if not holders:
         return "no module of the model holds this weight"
+    if site.region is not None:
+        return "a part of a parameter, or not of two dimensions"
     if len(holders) > 1 or site.shared:
         return "tied: several modules share this weight, and it stays one"
     if isinstance(holders[0][0], parametrize.ParametrizationList):
@@ -270,10 +272,16 @@ def _targets(model: nn.Module, plan: Plan, optimizer: str) -> list[_Target]:
     """The planned weights, found in the model; raises if this is not the model of the plan."""
     owners = _owners(model)
     for entry in plan.entries:
-        holders = owners.get(entry.name)
+        holders = owners.get(entry.parameter)
         if holders is None:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
         _check_shape(entry.name, getattr(*holders[0]).shape, entry.weight_shape, "in the plan")
+        if entry.config is not None and entry.region is not None:
+            raise CompactError(
+                "is a part of a parameter, or not of two dimensions: it has no factors of its own",
+                site=entry.name,
+                next_step="leave out `plan`, or make it with exclude=[...] of this name",
+            )
         if entry.config is not None and (len(holders) > 1 or entry.shared):
             raise CompactError(
                 "is tied: several modules share this weight, and as factors it would not be one any more",

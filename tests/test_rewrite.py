@@ -18,7 +18,8 @@ from pixelfly_compiler.backend import own_copy, weight_positions
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.decision import Entry
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_names
+from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
+from pixelfly_compiler.passes.weights import parameter_names
 from pixelfly_compiler.plan import project
 
 CONFIG = SiteConfig(block=16, strides=0, rank=16)
@@ -103,6 +104,10 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
     "matmul": (lambda x, w, b: torch.matmul(x, w), (32, 48), True),
     "@": (lambda x, w, b: x @ w.permute(1, 0) + b, (48, 32), False),
     "four dimensions": (lambda x, w, b: x.view(1, 2, 5, 32) @ w, (32, 48), True),
+    "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
+    "einsum": (lambda x, w, b: torch.einsum("bsd,df->bsf", x, w), (32, 48), True),
+    "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
+    "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),
     "left": (lambda x, w, b: w @ x.mT, (48, 32), False),
     "left of a matrix": (lambda x, w, b: w.mm(x[0].t()), (48, 32), False),
     "left of a vector": (lambda x, w, b: w @ x[0, 0], (48, 32), False),
@@ -153,6 +158,21 @@ def test_a_matmul_of_the_result_of_another() -> None:
     torch.testing.assert_close(result.y, model(X))
 
 
+def test_parts_of_a_weight_are_projected_one_by_one_and_the_whole_leaves_the_graph() -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        q, k = w.chunk(2)
+        return F.linear(x, q, b) + x.sin() @ k.t()
+
+    model = OneWeight(function, 96, 32)
+    result = rewritten(model, X)
+    weight = model.w.detach()
+    for site in result.found.sites:
+        weight = project(weight, Entry(site.name, (96, 32), 48, 32, config=CONFIG, region=site.region))
+    torch.testing.assert_close(result.y, function(X, weight, model.bias), rtol=1e-4, atol=1e-4)
+    assert result.count() == 2
+    assert not any(value is model.w for value in result.inputs), "the dense weight is still an input"
+
+
 def test_weights_of_equal_shape_share_index_and_basis() -> None:
     result = rewritten(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)), X)
     assert sorted(key.part for key in result.rewritten.added) == ["blocks", "blocks", "index", "u", "u", "v"]
@@ -179,8 +199,9 @@ def test_every_block_kept_is_the_dense_result() -> None:
         lambda x, w, b: x @ (w * 2),  # not the weight itself
         lambda x, w, b: x @ w + w.sum(),  # the weight has another use
         lambda x, w, b: (x @ w) @ w.T,  # both orientations
-        lambda x, w, b: x @ w[:, :48],  # part of a weight
-        lambda x, w, b: torch.einsum("bsd,df->bsf", x, w),  # no pattern
+        lambda x, w, b: x @ w[:, ::2],  # part of a weight, with gaps
+        lambda x, w, b: x @ w[:, :32] + x @ w[:, 16:],  # overlapping parts
+        lambda x, w, b: torch.einsum("bsd,df->bsdf", x, w),  # no matmul
         lambda x, w, b: x * w[:, 0],  # no matmul
     ],
 )
@@ -332,3 +353,50 @@ def test_the_graph_is_well_formed_and_nothing_else_changed(form: str) -> None:
     assert result.found.matches[0].node.name in gone
     last = graph.output_node().args[0][0]
     assert last.meta["example_value"].shape == result.y.shape
+
+
+# ---- what has no users, but an effect ----
+
+
+class Counts(nn.Module):
+    """Writes to a buffer, and the result of that has no users."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(32, 48), nn.BatchNorm1d(48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x[0].mul_(2)
+        y = self.norm(self.linear(x).flatten(0, 1))
+        assert isinstance(y, Tensor)
+        return y
+
+
+def test_operations_in_place_remain() -> None:
+    model, x, seen = Counts(), X.clone(), X.clone()
+    assert rewritten(model, x).count() == 1
+    assert model.norm.num_batches_tracked == 1
+    seen[0].mul_(2)
+    torch.testing.assert_close(x, seen)
+
+
+def test_vmap_inside_the_graph_remains() -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return torch.vmap(torch.dot)(F.linear(x, w, b)[0], F.linear(x, w, b)[1])
+
+    model = OneWeight(function, 48, 32)
+    result = rewritten(model, X)
+    assert result.count() == 2
+    torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda w: w.mul_(2), lambda w: w.copy_(w * 2), lambda w: w.detach().mul_(2), lambda w: w[0].zero_()]
+)
+def test_a_weight_that_the_model_writes_to_stays_dense(write: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.no_grad():
+            write(w)
+        return F.linear(x, w, b)
+
+    assert rewritten(OneWeight(function, 48, 32), X).count() == 0

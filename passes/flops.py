@@ -1,0 +1,79 @@
+"""What the matmuls of a graph cost that are no sites: convolutions, batched weights, weights computed from others.
+
+With them the plan's dense flops are those of `torch.utils.flop_counter` on the model, less attention, which has no
+weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelfly_compiler.passes.weights import checkpoint_body, placeholders
+
+
+def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
+    """Weight -> flops of the operations with it, or with what is computed from weights alone, that no match covers.
+
+    `weights` are all parameters; those that are True (not biases) are the ones to put the flops to.
+    """
+    flops = {weight: 0 for weight, counts in weights.items() if counts}
+    _add_flops(gm, {weight: weight if counts else None for weight, counts in weights.items()}, matched, flops)
+    return flops
+
+
+def _add_flops(
+    module: GraphModule, origins: dict[Node, Node | None], matched: Collection[Node], flops: dict[Node, int]
+) -> None:
+    """`origins`: each node that is computed from parameters alone -> a weight among them, if there is one."""
+    for node in module.graph.nodes:
+        sources = [origins[source] for source in node.all_input_nodes if source in origins]
+        if not sources or node.op == "output":
+            continue
+        if (body := checkpoint_body(module, node)) is not None:
+            inside = zip(placeholders(body), node.args[1:], strict=False)
+            _add_flops(body, {inner: origins[arg] for inner, arg in inside if arg in origins}, matched, flops)
+            continue
+        origin = next((source for source in sources if source is not None), None)
+        if len(sources) == len(node.all_input_nodes):
+            origins[node] = origin
+        if node not in matched and origin is not None:
+            flops[origin] += flops_of(node)
+
+
+def flops_of(node: Node) -> int:
+    """What torch's counter says of one node, for the sizes seen while tracing."""
+    try:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _without_data)
+        function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            function(*args, **kwargs)
+    except Exception:  # it depends on data, or cannot run without
+        return 0
+    return int(counter.get_total_flops())
+
+
+def _without_data(node: Node) -> Any:
+    return torch.utils._pytree.tree_map(_stand_in, node.meta["example_value"])
+
+
+def _stand_in(value: Any) -> Any:
+    """A tensor of the same sizes on the meta device: nothing is computed, and no new symbol is made."""
+    if not isinstance(value, torch.Tensor):
+        return hint(value) if isinstance(value, torch.SymInt) else value
+    return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+
+
+def hint(size: object) -> int:
+    """A number for a size that may be symbolic: the value seen while tracing, 1 if there is none."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)  # type: ignore[call-overload]
+    try:
+        value = size.node.hint
+    except Exception:  # unbacked sizes raise, of a class that differs by version
+        value = None
+    return 1 if value is None else int(value)

@@ -1,0 +1,225 @@
+"""The ways to write a matmul with a weight: `PATTERNS`, one function each.
+
+A pattern reads one node of the graph and says which of its arguments is what, so that the node is
+
+    leave(enter(x) @ matrix(weight).T + bias)
+
+`matrix` gives the weight as (out, in), without copying; `enter` moves what is contracted to the last dimension of x,
+`leave` moves the last dimension, `out`, to where the node has it. All three are plain functions of a tensor: a rewrite
+traces them into the graph, a test calls them. A pattern returns None for what it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from pixelfly_compiler.passes.weights import is_call, value_of
+
+Step = Callable[[Any], Any]  # of a tensor, or of a proxy for one
+
+
+def same(x: Any) -> Any:
+    return x
+
+
+def transpose(x: Any) -> Any:
+    return x.transpose(-1, -2)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """A node's arguments in their parts. `addend` is added to what `leave` returns."""
+
+    x: object
+    weight: object
+    bias: object = None
+    addend: object = None
+    matrix: Step = same
+    enter: Step = same
+    leave: Step = same
+
+
+def _linear(node: Node, operand: Node) -> Operands | None:
+    if not is_call(node, (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)):
+        return None
+    x, weight, bias = _arguments(node, ("input", "weight", "bias"))
+    return Operands(x, weight, bias)
+
+
+def _addmm(node: Node, operand: Node) -> Operands | None:
+    if not is_call(node, (torch.addmm,), "addmm"):
+        return None
+    if any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
+        return None
+    term, left, right = _arguments(node, ("input", "mat1", "mat2"))
+    if left is operand:
+        return Operands(right, left, addend=term, enter=transpose, leave=transpose)
+    value = value_of(term)
+    is_bias = value is not None and value.dim() == 1 and value.shape[0] == _shape(right)[1]
+    return Operands(left, right, term if is_bias else None, None if is_bias else term, matrix=transpose)
+
+
+_MATMULS = (torch.mm, torch.matmul, operator.matmul, torch.mv)
+
+
+def _matmul(node: Node, operand: Node) -> Operands | None:
+    if not is_call(node, _MATMULS, "mm", "matmul", "__matmul__", "mv"):
+        return None
+    given = [*node.args, *node.kwargs.values()]
+    if len(given) != 2:
+        return None
+    left, right = given
+    if right is operand:
+        return Operands(left, right, matrix=transpose)
+    turn = same if len(_shape(right)) == 1 else transpose
+    return Operands(right, left, enter=turn, leave=turn)
+
+
+def _einsum(node: Node, operand: Node) -> Operands | None:
+    """Two operands and no letter that only one of them has, or that both keep."""
+    if not is_call(node, (torch.einsum,)) or not isinstance(node.args[0], str):
+        return None
+    operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    if len(operands) != 2 or operands[0] is operands[1]:
+        return None
+    place = 1 if operands[1] is operand else 0
+    x, weight = operands[1 - place], operands[place]
+    letters = _letters(node.args[0].replace(" ", ""), [len(_shape(argument)) for argument in operands])
+    if letters is None:
+        return None
+    of_x, of_weight, of_result = letters[1 - place], letters[place], letters[2]
+    contracted = [letter for letter in of_weight if letter not in of_result]
+    outs = [letter for letter in of_weight if letter in of_result]
+    rows = [letter for letter in of_x if letter in of_result]
+    if not contracted or not outs or set(outs) & set(of_x) or set(of_x) - set(rows) != set(contracted):
+        return None
+    sizes = dict(zip(of_weight, _shape(weight), strict=True))
+    order = [[*rows, *outs].index(letter) for letter in of_result]
+    return Operands(
+        x,
+        weight,
+        matrix=partial(_as_matrix, order=[of_weight.index(letter) for letter in outs + contracted], rows=len(outs)),
+        enter=partial(_last, order=[of_x.index(letter) for letter in rows + contracted], count=len(contracted)),
+        leave=partial(_spread, sizes=[sizes[letter] for letter in outs], order=order),
+    )
+
+
+def _letters(equation: str, dims: Sequence[int]) -> list[str] | None:
+    """The letters of both operands and of the result; an ellipsis becomes capital Greek. None if one is repeated."""
+    inputs, arrow, result = equation.partition("->")
+    parts = inputs.split(",")
+    if len(parts) != 2:
+        return None
+    if not arrow:
+        result = "".join(sorted(letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1))
+    more = ["".join(chr(0x391 + i) for i in range(dim - len(part) + 3)) for part, dim in zip(parts, dims, strict=True)]
+    if "..." in parts[0] and "..." in parts[1]:
+        return None
+    dots = next((m for part, m in zip(parts, more, strict=True) if "..." in part), "")
+    parts = [part.replace("...", dots) for part in (*parts, result)]
+    return None if any(len(set(part)) < len(part) for part in parts) else parts
+
+
+def _as_matrix(weight: Any, order: Sequence[int], rows: int) -> Any:
+    return weight.permute(order).flatten(0, rows - 1).flatten(1)
+
+
+def _last(x: Any, order: Sequence[int], count: int) -> Any:
+    """The last `count` dimensions in this order become one."""
+    moved = x if list(order) == sorted(order) else x.permute(order)
+    return moved.flatten(-count) if count > 1 else moved
+
+
+def _spread(y: Any, sizes: Sequence[int], order: Sequence[int]) -> Any:
+    split = y.unflatten(-1, tuple(sizes)) if len(sizes) > 1 else y
+    return split if list(order) == sorted(order) else split.permute(order)
+
+
+def _convolution(node: Node, operand: Node) -> Operands | None:
+    """A convolution whose windows do not overlap: 1 x 1, or cut into patches (kernel = stride)."""
+    if not is_call(node, (torch.conv1d, torch.conv2d, torch.conv3d)):
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    x, weight, bias, stride, padding, dilation, groups = _arguments(node, names)
+    dims = node.target.__name__[4]  # type: ignore[union-attr]
+    kernel = _shape(weight)[2:]
+    strides, dilations = _each(stride, 1, int(dims)), _each(dilation, 1, int(dims))
+    if len(_shape(x)) != int(dims) + 2 or groups not in (None, 1) or not _is_unpadded(padding, kernel):
+        return None
+    if any(k > 1 and (s != k or d != 1) for k, s, d in zip(kernel, strides, dilations, strict=True)):
+        return None
+    return Operands(
+        x,
+        weight,
+        bias,
+        matrix=partial(torch.flatten, start_dim=1),
+        enter=partial(_patches, kernel=kernel, strides=strides),
+        leave=partial(torch.movedim, source=-1, destination=1),
+    )
+
+
+def _is_unpadded(padding: object, kernel: Sequence[int]) -> bool:
+    if isinstance(padding, str):
+        return padding == "valid" or math.prod(kernel) == 1
+    return not any(_each(padding, 0, len(kernel)))
+
+
+def _each(value: Any, default: int, dims: int) -> tuple[int, ...]:
+    """An argument that may be absent, one number for all dimensions, or one for each."""
+    if value is None:
+        return (default,) * dims
+    values = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return values * dims if len(values) == 1 else values
+
+
+def _patches(x: Any, kernel: Sequence[int], strides: Sequence[int]) -> Any:
+    """(batch, channels, *sizes) -> (batch, *counts, channels * prod(kernel)), and what is no whole patch is dropped."""
+    inner: list[int] = []
+    dim = 2
+    for size, stride in zip(kernel, strides, strict=True):
+        everything = (slice(None),) * dim
+        if size == 1:
+            x = x[(*everything, slice(None, None, stride))] if stride > 1 else x
+        else:
+            whole = x.shape[dim] // size * size
+            x = x[(*everything, slice(None, whole))].unflatten(dim, (-1, size))
+            inner.append(dim + 1)
+        dim += 1 + (size > 1)
+    outer = [d for d in range(2, dim) if d not in inner]
+    return x.permute(0, *outer, 1, *inner).flatten(len(outer) + 1)
+
+
+def _arguments(node: Node, names: Sequence[str]) -> list[Any]:
+    """Positional or keyword arguments by name; None where absent."""
+    given = dict(zip(names, node.args, strict=False))
+    return [given.get(name, node.kwargs.get(name)) for name in names]
+
+
+def _shape(argument: object) -> tuple[int, ...]:
+    value = value_of(argument)
+    return () if value is None else tuple(value.shape)
+
+
+PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (_linear, _addmm, _matmul, _einsum, _convolution)
+
+
+def operands_of(node: Node, operand: Node) -> Operands | None:
+    """The matmul that `node` is with `operand` as its weight, if it is one."""
+    for pattern in PATTERNS:
+        operands = pattern(node, operand)
+        if operands is not None and operands.weight is operand and is_matmul_of(operands, operand):
+            return operands
+    return None
+
+
+def is_matmul_of(operands: Operands, operand: Node) -> bool:
+    return isinstance(operands.x, Node) and operands.x is not operand and value_of(operands.x) is not None

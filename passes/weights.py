@@ -1,0 +1,268 @@
+"""The weight side of a graph: what a parameter is called, and which nodes use it, or a part of it, and how.
+
+A weight reaches its matmul through transposes, slices, chunks, views, copies and casts. All but the last two are views,
+so that one description holds for all of them: the `Region` of the parameter that arrives. It is found by repeating each
+operation on a tensor without data, whatever the operation is called.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# ---- names ----
+
+_ROOT = re.compile(r"^[LG]\['([^']*)'\]")
+_TOKEN = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(-?\d+)\]|\.([A-Za-z_]\w*)")
+_PLUMBING = {"_modules", "_parameters", "_orig_mod", "__dict__", "cell_contents", "__self__"}
+_CLOSURE = re.compile(r"\.__closure__\[\d+\]")
+
+
+def source_name(node: Node) -> str | None:
+    """Dynamo's name of where a placeholder comes from: a string or a method, by version."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    return name() if callable(name) else name
+
+
+def qualified_name(source: str) -> tuple[str, str]:
+    """(root, name): L['self']._modules['h']._modules['0'].lin.weight -> ("self", "h.0.lin.weight")."""
+    root = _ROOT.match(source)
+    rest = source[root.end() :] if root else source
+    tokens = [next(part for part in match if part) for match in _TOKEN.findall(_CLOSURE.sub("", rest))]
+    name = ".".join(token for token in tokens if token not in _PLUMBING)
+    base = root.group(1) if root else source
+    return base, name or base
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def parameter_names(gm: GraphModule, example_inputs: Sequence[object]) -> dict[str, str]:
+    """Placeholder name -> parameter name, for every placeholder whose example input is a parameter.
+
+    Names are relative to the module Dynamo saw as `self`; two roots with a parameter of the same name keep their root.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for node, value in zip(placeholders(gm), example_inputs, strict=False):
+        if isinstance(value, nn.Parameter):
+            source = source_name(node)
+            found[node.name] = qualified_name(source) if source else ("", node.name)
+    names = [name for _, name in found.values()]
+    return {key: name if names.count(name) == 1 else f"{root}.{name}" for key, (root, name) in found.items()}
+
+
+def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object], model: nn.Module) -> dict[str, str]:
+    """As `parameter_names`, but with the model's own names, also where Dynamo saw only one of its submodules."""
+    own = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
+    names = parameter_names(gm, example_inputs)
+    for node, value in zip(placeholders(gm), example_inputs, strict=False):
+        if id(value) in own:
+            names[node.name] = own[id(value)]
+    return names
+
+
+# ---- parts of a weight ----
+
+
+@dataclass(frozen=True)
+class Region:
+    """A matrix inside a parameter: `torch.as_strided(weight, size, stride, offset)`, with the weight contiguous."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Region:
+        """The region that `dataclasses.asdict`, and JSON, made `values` of."""
+        return Region(tuple(values["size"]), tuple(values["stride"]), values["offset"])
+
+    @staticmethod
+    def of(view: Tensor) -> Region:
+        """The region that a two-dimensional view shows; a view and its transpose show the same."""
+        stored = view.t() if Region.is_flipped(view) else view
+        return Region(tuple(stored.shape), stored.stride(), int(stored.storage_offset()))
+
+    @staticmethod
+    def is_flipped(view: Tensor) -> bool:
+        """Does this two-dimensional view show the transpose of what is stored?"""
+        return view.stride(0) < view.stride(1)
+
+    def view(self, weight: Tensor) -> Tensor:
+        """This part of a weight. It shares the weight's memory if that is contiguous."""
+        weight = weight.contiguous()
+        return weight.as_strided(self.size, self.stride, weight.storage_offset() + self.offset)
+
+    def is_all_of(self, shape: Sequence[int]) -> bool:
+        """Is this the whole of a two-dimensional parameter, as it is stored?"""
+        return self == Region(tuple(shape), (shape[-1], 1), 0)
+
+    def box(self, shape: Sequence[int]) -> tuple[range, ...]:
+        """The least box of a parameter's indices around this region."""
+        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+        corners = zip(_unravel(self.offset, shape), _unravel(last, shape), strict=True)
+        return tuple(range(low, high + 1) for low, high in corners)
+
+    def is_box(self, shape: Sequence[int]) -> bool:
+        return math.prod(map(len, self.box(shape))) == math.prod(self.size)
+
+    def label(self, shape: Sequence[int]) -> str:
+        """As Python would index it: "" for all of it, "[64:128]" for some of its rows, "[3]" for one matrix of many."""
+        texts = [_index(indices, size) for indices, size in zip(self.box(shape), shape, strict=True)]
+        while texts and texts[-1] == ":":
+            texts.pop()
+        return f"[{', '.join(texts)}]" if texts else ""
+
+
+def _unravel(offset: int, shape: Sequence[int]) -> list[int]:
+    indices: list[int] = []
+    for size in reversed(shape):
+        offset, index = divmod(offset, max(size, 1))
+        indices.append(index)
+    return indices[::-1]
+
+
+def _index(indices: range, size: int) -> str:
+    if len(indices) == size:
+        return ":"
+    return str(indices.start) if len(indices) == 1 else f"{indices.start}:{indices.stop}"
+
+
+def overlap(a: Sequence[range], b: Sequence[range]) -> bool:
+    return all(one.start < other.stop and other.start < one.stop for one, other in zip(a, b, strict=True))
+
+
+# ---- from a parameter to the nodes that use it ----
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that consumes the weight as `operand`: the `view` of it, on the meta device."""
+
+    module: GraphModule
+    user: Node
+    operand: Node
+    view: Tensor
+
+    def reaches(self, without_gradients: Collection[Node]) -> bool:
+        """Do the gradients of what the node computes reach the weight? A view made under `no_grad` is in their way."""
+        node = self.operand
+        while self.user not in without_gradients and node.op != "placeholder":
+            if node in without_gradients:
+                return False
+            node = node.all_input_nodes[0]
+        return True
+
+
+def nodes_without_gradients(gm: GraphModule) -> set[Node]:
+    """The nodes between `torch._C._set_grad_enabled(False)` and `(True)`, also in sub-graphs."""
+    found: set[Node] = set()
+    for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+        enabled: object = True
+        for node in module.graph.nodes:
+            if is_call(node, (torch._C._set_grad_enabled,)):
+                enabled = node.args[0]
+            if not enabled:
+                found.add(node)
+    return found
+
+
+def value_of(node: object) -> Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def is_call(node: Node, functions: Sequence[object], *methods: str) -> bool:
+    if node.op == "call_function":
+        return any(node.target is function for function in functions)
+    return node.op == "call_method" and node.target in methods
+
+
+def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
+    """Every use of the parameter of this shape that `node` carries."""
+    yield from _uses(module, node, torch.empty(tuple(shape), device="meta"))
+
+
+def _uses(module: GraphModule, node: Node, view: Tensor) -> Iterator[Use]:
+    """Follow the weight through views, copies and casts, and into activation checkpoints."""
+    for user in node.users:
+        if (body := checkpoint_body(module, user)) is not None:
+            for argument, inner in zip(user.args[1:], placeholders(body), strict=False):
+                if argument is node:
+                    yield from _uses(body, inner, view)
+        elif _is_copy(user, node):
+            yield from _uses(module, user, view)
+        elif isinstance(seen := _seen_through(user, node, view), Tensor):
+            yield from _uses(module, user, seen)
+        elif seen is not None:
+            for item in user.users:  # chunks of the weight: each is taken out by an index
+                if is_call(item, (operator.getitem,)) and isinstance(item.args[1], int):
+                    yield from _uses(module, item, seen[item.args[1]])
+                else:
+                    yield Use(module, item, user, view)
+        else:
+            yield Use(module, user, node, view)
+
+
+def _is_copy(user: Node, node: Node) -> bool:
+    """The weight's values in other memory or in another floating-point type; gradients go through."""
+    if not user.args or user.args[0] is not node:
+        return False
+    if is_call(user, (torch.clone,), "contiguous", "clone"):
+        return True
+    if not is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
+        return False
+    before, after = value_of(node), value_of(user)
+    return before is not None and after is not None and after.dtype in FLOATS and before.device == after.device
+
+
+def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
+    """What `user` makes of the view: a view again, or several. None if it is no view, or stops gradients."""
+    if user.all_input_nodes != [node] or user.op not in ("call_function", "call_method") or _stops_gradients(user):
+        return None
+    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda _: view)
+    function = getattr(torch.Tensor, user.target, None) if isinstance(user.target, str) else user.target
+    try:
+        result = function(*args, **kwargs)  # type: ignore[misc]
+    except Exception:  # no view, whatever it is
+        return None
+    several = isinstance(result, tuple | list)
+    parts = list(result) if several else [result]
+    return result if parts and all(_is_view_of(part, view) for part in parts) else None
+
+
+def _stops_gradients(user: Node) -> bool:
+    return is_call(user, (torch.detach,), "detach") or (is_call(user, (getattr,)) and user.args[1] == "data")
+
+
+def _is_view_of(result: object, view: Tensor) -> bool:
+    """Another tensor in the same memory: an operation in place returns the tensor itself."""
+    if not isinstance(result, Tensor) or result is view:
+        return False
+    return result.untyped_storage()._cdata == view.untyped_storage()._cdata
+
+
+_CHECKPOINTS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
+
+
+def checkpoint_body(module: GraphModule, node: Node) -> GraphModule | None:
+    """The body of an activation checkpoint called here and nowhere else; its placeholders are args[1:], in order."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _CHECKPOINTS:
+        return None
+    attribute = node.args[0] if node.args else None
+    if not isinstance(attribute, Node) or attribute.op != "get_attr" or len(attribute.users) != 1:
+        return None
+    body = getattr(module, str(attribute.target), None)
+    return body if isinstance(body, GraphModule) else None

@@ -1,0 +1,204 @@
+"""Random modules out of all ways to write a matmul, compiled and compared with the oracle: `python tests/fuzz.py 2000`.
+
+    python tests/fuzz.py [CASES] [SEED]
+
+Values and gradients; the operators' references run, without a C++ compiler. What fails is printed, made small.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import hypothesis.strategies as st
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.func import functional_call
+
+from pixelfly_compiler import backend
+from pixelfly_compiler.plan import plan, project, project_
+
+HEADS = 2
+
+
+def _patches(x: Tensor, w: Tensor, b: Tensor | None, size: int) -> Tensor:
+    """A convolution over pairs of positions, spread to both."""
+    return F.conv1d(x.mT, w, b, stride=size).mT.repeat_interleave(size, 1)
+
+
+# Each takes x (batch, 4, in), and a weight of the shape below it, to (batch, 4, out).
+FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int, int], tuple[int, ...]]]] = {
+    "linear": (lambda x, w, b: F.linear(x, w, b), lambda k, n: (n, k)),
+    "linear of a transpose": (lambda x, w, b: F.linear(x, w.t(), b), lambda k, n: (k, n)),
+    "matmul": (lambda x, w, b: x @ w + b, lambda k, n: (k, n)),
+    "matmul of a copy": (lambda x, w, b: x @ w.T.contiguous(), lambda k, n: (n, k)),
+    "left": (lambda x, w, b: (w @ x.mT).mT, lambda k, n: (n, k)),
+    "addmm": (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).unflatten(0, (-1, 4)), lambda k, n: (k, n)),
+    "left addmm": (lambda x, w, b: torch.stack([b.addmm(m, w.t()) for m in x]), lambda k, n: (n, k)),
+    "vectors": (
+        lambda x, w, b: torch.stack([w.mv(v) for v in x.flatten(0, 1)]).unflatten(0, (-1, 4)),
+        lambda k, n: (n, k),
+    ),
+    "einsum": (lambda x, w, b: torch.einsum("bsk,kn->bsn", x, w), lambda k, n: (k, n)),
+    "einsum of heads": (
+        lambda x, w, b: torch.einsum("bsk,khn->bshn", x, w).flatten(2),
+        lambda k, n: (k, HEADS, n // HEADS),
+    ),
+    "einsum over heads": (
+        lambda x, w, b: torch.einsum("nhk,bshk->bsn", w, x.unflatten(2, (HEADS, -1))),
+        lambda k, n: (n, HEADS, k // HEADS),
+    ),
+    "einsum, turned": (lambda x, w, b: torch.einsum("...k,nk->n...", x, w).movedim(0, -1), lambda k, n: (n, k)),
+    "chunks": (
+        lambda x, w, b: sum(F.linear(x * i, part) for i, part in enumerate(w.chunk(3), 1)),
+        lambda k, n: (3 * n, k),
+    ),
+    "columns": (lambda x, w, b: x @ w[:, :-32], lambda k, n: (k, n + 32)),
+    "rows": (lambda x, w, b: F.linear(x, w[32:], b), lambda k, n: (n + 32, k)),
+    "one of two": (lambda x, w, b: x @ w[0] - x.flip(1) @ w[1], lambda k, n: (2, k, n)),
+    "unfolded": (lambda x, w, b: x @ w.view(-1, w.shape[-1]), lambda k, n: (2, k // 2, n)),
+    "1 x 1": (lambda x, w, b: F.conv1d(x.mT, w, b).mT, lambda k, n: (n, k, 1)),
+    "1 x 1 image": (lambda x, w, b: F.conv2d(x.mT.unflatten(2, (2, 2)), w, b).flatten(2).mT, lambda k, n: (n, k, 1, 1)),
+    "patches": (lambda x, w, b: _patches(x, w, b, 2), lambda k, n: (n, k, 2)),
+    "patches and a rest": (lambda x, w, b: _patches(x, w, b, 3).repeat(1, 2, 1)[:, :4], lambda k, n: (n, k, 3)),
+    # These stay dense, wholly or in part.
+    "gaps": (lambda x, w, b: x @ w[:, ::2], lambda k, n: (k, 2 * n)),
+    "overlap": (lambda x, w, b: x @ w[:, 16:] + x @ w[:, :-16], lambda k, n: (k, n + 16)),
+    "both ways": (lambda x, w, b: x @ w + (x @ w) @ w.T @ w, lambda k, n: (k, n)),
+    "several": (lambda x, w, b: torch.einsum("bsk,skn->bsn", x, w), lambda k, n: (4, k, n)),
+    "several, each turned": (lambda x, w, b: torch.einsum("bsk,snk->bsn", x, w), lambda k, n: (4, n, k)),
+    "also summed": (lambda x, w, b: x @ w + w.sum(), lambda k, n: (k, n)),
+    "normalised": (lambda x, w, b: x @ (w / w.norm()), lambda k, n: (k, n)),
+    "padded patches": (
+        lambda x, w, b: F.conv1d(x.mT, w, b, stride=2, padding=1).mT.repeat(1, 2, 1)[:, :4],
+        lambda k, n: (n, k, 2),
+    ),
+    "padded": (lambda x, w, b: F.conv1d(x.mT, w, b, padding=1).mT, lambda k, n: (n, k, 3)),
+}
+# What happens to x between two matmuls: strides, and what may be fused.
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda x: x,
+    "relu": F.relu,
+    "gelu in place": lambda x: F.gelu(x).mul_(2),
+    "turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "normalised": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "residual": lambda x: x + x.sin(),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Layers as (form, width, between); `twice`: the first layer runs again at the end if it fits."""
+
+    layers: tuple[tuple[str, int, str], ...]
+    width: int
+    batch: int
+    twice: bool
+    dtype: torch.dtype
+    dynamic: bool
+    budget: float
+    block: int | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"budget": self.budget, "block_size": self.block, "force": True}
+
+
+WIDTHS = st.sampled_from((32, 48, 64, 80))
+LAYER = st.tuples(st.sampled_from(sorted(FORMS)), WIDTHS, st.sampled_from(sorted(BETWEEN)))
+CASES = st.builds(
+    Case,
+    layers=st.lists(LAYER, min_size=1, max_size=4).map(tuple),
+    width=WIDTHS,
+    batch=st.integers(1, 3),
+    twice=st.booleans(),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    dynamic=st.booleans(),
+    budget=st.sampled_from((0.2, 0.5, 0.9)),
+    block=st.sampled_from((None, 16, 32)),
+)
+
+
+class Model(nn.Module):
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        k = case.width
+        for form, n, _ in case.layers:
+            self.weights.append(torch.randn(FORMS[form][1](k, n), dtype=case.dtype) / k**0.5)
+            self.biases.append(torch.randn(n, dtype=case.dtype))
+            k = n
+        self.twice = case.twice and k == case.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (_, _, between) in enumerate(self.case.layers):
+            x = BETWEEN[between](self._layer(i, x))
+        return self._layer(0, x) if self.twice else x
+
+    def _layer(self, i: int, x: Tensor) -> Tensor:
+        return FORMS[self.case.layers[i][0]][0](x, self.weights[i], self.biases[i])
+
+
+def check(case: Case) -> None:
+    """Raise if the compiled model is not the oracle."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Model(case)
+    x = torch.randn(case.batch, 4, case.width, dtype=case.dtype)
+    made = plan(model, x, **case.options)
+    with patch.object(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs))):
+        run = torch.compile(model, backend="pixelfly", options=case.options, dynamic=case.dynamic, fullgraph=True)
+        ours, our_gradients = _step(model, run, x)
+    weights: dict[str, Tensor] = dict(model.named_parameters())
+    for entry in made.sparse:
+        weights[entry.parameter] = project(weights[entry.parameter], entry)
+    exact, gradients = _step(model, lambda x: functional_call(model, weights, (x,)), x)
+    tolerance = 1e-4 if case.dtype == torch.float32 else 1e-12
+    assert _close(ours, exact, tolerance)
+    for name, gradient in gradients.items():
+        assert _close(our_gradients[name], gradient, 10 * tolerance), name
+    with torch.no_grad():
+        assert _close(project_(copy.deepcopy(model), made)(x), exact, tolerance)
+
+
+def _step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    y = run(x)
+    y.mul(torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).norm() <= tolerance * max(b.norm(), torch.tensor(1.0)))
+
+
+def fuzz(cases: int, number: int) -> None:
+    """Check `cases` random cases; the same ones for the same `number`."""
+
+    @seed(number)
+    @settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(CASES)
+    def run(case: Case) -> None:
+        check(case)
+
+    run()
+
+
+if __name__ == "__main__":
+    arguments = [int(argument) for argument in sys.argv[1:]]
+    fuzz(*(arguments + [1000, 0][len(arguments) :]))

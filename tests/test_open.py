@@ -1,0 +1,110 @@
+"""Composites are opened: attention and encoder layers become graphs with sites, and compute what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from pixelfly_compiler.backend import own_copy
+from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.sites import Found, find_sites
+
+X, MEMORY = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+MASK = torch.zeros(2, 7, dtype=torch.bool).index_fill(1, torch.tensor([6]), True)
+
+
+def opened(model: nn.Module, *args: Any, dynamic: bool = False, **kwargs: Any) -> tuple[Found, Any]:
+    """What is found in the opened graph, and what it returns."""
+    found: list[Found] = []
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        own = open_composites(own_copy(gm))
+        own.graph.lint()
+        found.append(find_sites(own, inputs))
+        return own.forward
+
+    torch._dynamo.reset()
+    result = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    return found[0], result
+
+
+class Attention(nn.Module):
+    """Self-attention, or attention to a memory."""
+
+    def __init__(self, weights: bool = False, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention, self.weights = nn.MultiheadAttention(32, 2, batch_first=True, **kwargs), weights
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return self.attention(x, memory, memory, key_padding_mask=mask, need_weights=self.weights)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_self_attention_has_one_packed_site(training: bool, dynamic: bool) -> None:
+    model = Attention().train(training)
+    with torch.set_grad_enabled(training):
+        found, result = opened(model, X, X, dynamic=dynamic)
+        torch.testing.assert_close(result[0], model(X, X)[0])
+    assert [site.name for site in found.sites] == ["attention.in_proj_weight", "attention.out_proj.weight"]
+    assert all(site.reason is None and site.rows == 10 for site in found.sites)
+
+
+def test_attention_to_a_memory_has_the_parts_of_the_packed_weight() -> None:
+    model = Attention(weights=True)
+    found, result = opened(model, X, MEMORY, MASK)
+    for ours, theirs in zip(result, model(X, MEMORY, MASK), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    sites = {site.name: (site.out_features, site.rows, site.reason) for site in found.sites}
+    assert sites["attention.in_proj_weight[0:32]"] == (32, 10, None)
+    assert sites["attention.in_proj_weight[32:96]"] == (64, 14, None)
+
+
+def test_weights_of_their_own_for_query_key_and_value() -> None:
+    model = Attention(kdim=48, vdim=48)
+    memory = torch.randn(2, 7, 48)
+    found, result = opened(model, X, memory)
+    torch.testing.assert_close(result[0], model(X, memory)[0])
+    assert sorted(site.in_features for site in found.sites) == [32, 32, 48, 48]
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_encoder_layer_has_the_same_sites_in_evaluation_and_in_training(norm_first: bool, activation: str) -> None:
+    model = nn.TransformerEncoderLayer(32, 2, 64, 0.0, activation, batch_first=True, norm_first=norm_first)
+    names = []
+    for training in (True, False):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            found, result = opened(model, X)
+            torch.testing.assert_close(result, model(X), rtol=1e-4, atol=1e-5)
+        names.append([(site.name, site.transposed, site.rows, site.reason) for site in found.sites])
+    assert sorted(names[0]) == sorted(names[1]) and len(names[0]) == 4
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_masks_of_an_encoder_layer(padding: bool) -> None:
+    model = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True).eval()
+    causal = nn.Transformer.generate_square_subsequent_mask(7)
+    mask = {"src_key_padding_mask": MASK} if padding else {"src_mask": causal}
+    with torch.no_grad():
+        found, result = opened(model, MEMORY, **mask)
+        torch.testing.assert_close(result, model(MEMORY, **mask), rtol=1e-4, atol=1e-5)
+    assert len(found.sites) == 4
+
+
+def test_under_autocast_the_sites_have_its_type() -> None:
+    class Autocast(Attention):
+        def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x, memory, mask)
+
+    model = Autocast()
+    found, result = opened(model, X, X)
+    assert {site.dtype for site in found.sites} == {"bfloat16"}
+    torch.testing.assert_close(result[0], model(X, X)[0], rtol=1e-2, atol=1e-2)
