@@ -28,6 +28,7 @@ from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import EmitError, OptionError
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
+from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
 from pixelfly_compiler.passes.sites import Site, find_sites
@@ -135,6 +136,7 @@ class _Emitter:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = open_composites(own_copy(gm))
+        fold_densify(graph, lambda device: True)
         names = parameter_names_by_identity(graph, example_inputs, self.model)
         found = find_sites(graph, example_inputs, names)
         positions = weight_positions(graph, names)

@@ -86,6 +86,15 @@ def test_attention_and_tied_layers_of_a_transformer(tmp_path: Path) -> None:
 
 
 @needs_triton
+def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
+    model, args = mlp()
+    pixelfly_compiler.sparsify_(model, args, force=True)
+    emission = pixelfly_compiler.emit(model, args, out_dir=tmp_path)
+    assert sum("pixelfly_linear" in kernel.name or "linear" in kernel.name for kernel in emission.kernels) >= 2
+    assert not any("densify" in line for name in emission.wrappers for line in calls(tmp_path / name))
+
+
+@needs_triton
 def test_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
     file.write_text("import torch\ndef make():\n    return torch.nn.Linear(256, 256), torch.randn(8, 256)\n")
