@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixelfly_compiler.passes.weights import checkpoint_body, placeholders
 
@@ -47,6 +46,8 @@ def _add_flops(
 
 def flops_of(node: Node) -> int:
     """What torch's counter says of one node, for the sizes seen while tracing."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
+
     try:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), _without_data)
         function: Any = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
