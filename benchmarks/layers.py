@@ -131,7 +131,7 @@ def pixelfly(p: Problem) -> Contender:
     t = p.x @ v if v is not None else None  # what the forward hands to the weight gradient
 
     def forward(x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, bias: Tensor) -> Tensor:
-        return torch.ops.pixelfly.linear(x, blocks, u, v, index, support.out_features, False)[0] + bias
+        return torch.ops.pixelfly.linear(x, blocks, u, v, index, support.out_features, False, bias)[0]
 
     def input_grad(g: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
         return torch.ops.pixelfly.linear(g, blocks, v, u, index, support.in_features, True)[0]

@@ -43,6 +43,14 @@ _templates = jinja2.Environment(
 )
 
 
+def _round_natively(epilogue: str) -> str:
+    """Inductor's code of an epilogue, with its rounding to bfloat16 replaced by `micro.cpp.jinja`'s."""
+    return epilogue.replace("at::vec::convert<at::BFloat16,1,float,2>(", "rounded_to_bf16(")
+
+
+_templates.filters["round_natively"] = _round_natively
+
+
 class PixelflyCppTemplate(CppTemplate):
     """A template whose output is a 2d buffer: tile by tile in local fp32 accumulators, then Inductor's epilogue."""
 
@@ -187,6 +195,7 @@ def lower_linear(
     index: TensorBox | None,
     features: int,
     transposed: bool,
+    bias: TensorBox | None = None,
 ) -> tuple[TensorBox, TensorBox] | None:
     """(y, t), or None where the template does not apply."""
     *lead, k = x.get_size()
@@ -204,10 +213,13 @@ def lower_linear(
     stores_t = rank > 0 and _is_read(1)
     if stores_t:
         inputs["T"] = t
+    if bias is not None:
+        inputs["BIAS"] = contiguous(bias)
     if index is not None:
         inputs["INDEX"] = contiguous(index)
     params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
-    y = _call("linear", inputs, [rows, features], params | {"stores_t": stores_t}, ["T"] if stores_t else [])
+    params |= {"stores_t": stores_t, "has_bias": bias is not None}
+    y = _call("linear", inputs, [rows, features], params, ["T"] if stores_t else [])
     view = L[torch.ops.aten.view]
     return view(y, [*lead, features]), view(t, [*lead, rank])
 

@@ -141,8 +141,9 @@ def lower_linear(
     index: TensorBox | None,
     features: int,
     transposed: bool,
+    bias: TensorBox | None = None,
 ) -> tuple[TensorBox, TensorBox] | None:
-    """(y, t), or None where the template does not apply."""
+    """(y, t), or None where the template does not apply. The scheduler fuses the bias, as any epilogue."""
     *lead, k = x.get_size()
     nnz, b_out, b_in = blocks.get_size()
     rank = 0 if v is None else v.get_size()[1]
@@ -182,7 +183,10 @@ def lower_linear(
     out_features, in_features = (k, features) if transposed else (features, k)
     support = SupportIndex.shape_of(None, int(out_features), int(in_features), int(b_out), int(b_in))
     y = _call("linear", list(inputs.values()), layout, variants, replace(support, nnz=int(nnz)), dense)
-    return view(y, [*lead, features]), view(t, [*lead, rank])
+    y = view(y, [*lead, features])
+    if bias is not None:
+        y = L[torch.ops.aten.add](y, bias)
+    return y, view(t, [*lead, rank])
 
 
 def _linear_constants(

@@ -6,9 +6,9 @@ A compact weight is W = scatter(blocks) + u v^T, of shape (out, in):
     u (out, r), v (in, r)       the low-rank factors, or None for both
     index                       where the blocks stand: `support_index(support)`, or None if every block is kept
 
-    linear(x, blocks, u, v, index, features, transposed)   y = x W^T, or x W if transposed, and t = x v
-    block_grad(a, x, t, index, b_out, b_in)                the kept blocks of a^T x, and a^T t
-    densify(blocks, u, v, index, out, in)                  W itself, where something else than a matmul needs it
+    linear(x, blocks, u, v, index, features, transposed, bias)   y = x W^T + bias (W if transposed), and t = x v
+    block_grad(a, x, t, index, b_out, b_in)                      the kept blocks of a^T x, and a^T t
+    densify(blocks, u, v, index, out, in)                        W itself, for what is not a matmul
 
 All are closed under differentiation. The eager implementation is `reference`; the fast ones are lowerings.
 """
@@ -43,21 +43,36 @@ def support_index(support: Support, device: torch.device | str = "cpu") -> Tenso
 
 @torch.library.custom_op("pixelfly::linear", mutates_args=())
 def _linear(
-    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+    x: Tensor,
+    blocks: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    index: Tensor | None,
+    features: int,
+    transposed: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x W^T (x W if transposed) with shapes x (..., K), y (..., features), u (features, r), v (K, r), and t = x v.
+    """y = x W^T + bias (x W + bias if transposed), and t = x v.
 
-    `transposed` concerns the blocks only; u and v are given in the operator's own orientation: u meets y, v meets x.
-    t (..., r) is returned because the gradient of u needs it; without low rank it is (..., 0).
+    Shapes: x (..., K), y (..., features), u (features, r), v (K, r), bias (features,). `transposed` concerns the blocks
+    only; u and v are given in the operator's own orientation: u meets y, v meets x. t (..., r) is returned because the
+    gradient of u needs it; without low rank it is (..., 0).
     """
-    return reference.linear(x, blocks, u, v, index, features, transposed)
+    return reference.linear(x, blocks, u, v, index, features, transposed, bias)
 
 
 @_linear.register_fake
 def _(
-    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+    x: Tensor,
+    blocks: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    index: Tensor | None,
+    features: int,
+    transposed: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    for name, other in (("blocks", blocks), ("u", u), ("v", v)):
+    for name, other in (("blocks", blocks), ("u", u), ("v", v), ("bias", bias)):
         if other is not None and other.dtype != x.dtype:
             raise RuntimeError(f"pixelfly::linear: x is {x.dtype} but {name} is {other.dtype}; cast one of them")
     rank = 0 if v is None else v.shape[1]
@@ -65,7 +80,7 @@ def _(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, blocks, u, v, index, _, transposed = inputs
+    x, blocks, u, v, index, _, transposed, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.transposed = transposed
     ctx.save_for_backward(x, blocks, u, v, index, output[1] if u is not None else None)
@@ -74,8 +89,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Tensor | None, ...]:
     x, blocks, u, v, index, t = ctx.saved_tensors
     need_x, need_blocks, need_u, need_v = ctx.needs_input_grad[:4]
-    gx = gblocks = gu = gv = None
+    gx = gblocks = gu = gv = gbias = None
     if gy is not None:
+        if any(ctx.needs_input_grad[7:]):  # the last one; not there where a call leaves it out
+            gbias = _rows(gy).sum(0)
         # s = gy u, the gradient of t, comes with the input gradient: the transposed operator's own t.
         s = None
         if need_x:
@@ -95,7 +112,7 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
     if gt is not None and v is not None:
         gx = _add(gx, gt @ v.mT) if need_x else None
         gv = _add(gv, tall_product(x, gt)) if need_v else None
-    return gx, gblocks, gu, gv, None, None, None
+    return gx, gblocks, gu, gv, None, None, None, gbias
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -128,8 +145,8 @@ def linear(
         blocks = gamma * blocks
         u = None if u is None else (1 - gamma) * u
     index = support_index(support, x.device)
-    y, _ = torch.ops.pixelfly.linear(x, blocks, u, v, index, support.out_features, False)
-    return y if bias is None else y + bias
+    y, _ = torch.ops.pixelfly.linear(x, blocks, u, v, index, support.out_features, False, bias)
+    return y
 
 
 # --------------------------------------------------------------------------------------------------------- block_grad

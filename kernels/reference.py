@@ -77,7 +77,14 @@ def densify(
 
 
 def linear(
-    x: Tensor, blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, features: int, transposed: bool
+    x: Tensor,
+    blocks: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    index: Tensor | None,
+    features: int,
+    transposed: bool,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear`."""
     dtype = _compute_dtype(x.dtype)
@@ -85,6 +92,8 @@ def linear(
     out_features, in_features = (x.shape[-1], features) if transposed else (features, x.shape[-1])
     weight = scatter(blocks.to(dtype), index, out_features, in_features)
     y = wide @ (weight if transposed else weight.mT)
+    if bias is not None:
+        y = y + bias.to(dtype)
     if u is None or v is None:
         return y.to(x.dtype), x.new_empty(*x.shape[:-1], 0)
     t = wide @ v.to(dtype)

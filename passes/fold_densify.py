@@ -1,8 +1,8 @@
 """Fold a compact weight into the matmuls that use it: where the dense weight has no other use, it never exists.
 
-    def forward(self, x, blocks, u, v, index, bias):      def forward(self, x, blocks, u, v, index, bias):
+    def forward(self, x, blocks, u, v, index):            def forward(self, x, blocks, u, v, index):
         w = pixelfly.densify(blocks, u, v, index, 64, 32)     y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
-        y = F.linear(x, w, bias)                      -->     return (y + bias.to(torch.float32),)
+        y = F.linear(x, w)                            -->     return (y,)
         return (y,)
 
 Here blocks, u and v are what a `CompactWeight` computes of its factors, gamma included: elementwise, on compact data.

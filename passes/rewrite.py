@@ -1,8 +1,8 @@
 """Rewrite a Dynamo graph: every planned matmul becomes `pixelfly::linear` on a compact weight that is an input.
 
-    def forward(self, x, weight, bias):               def forward(self, x, bias, blocks, u, v, index):
-        y = F.linear(x, weight, bias)         -->         y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False)
-        return (y,)                                       return (y + bias.to(torch.float32),)
+    def forward(self, x, weight, b):                  def forward(self, x, b, blocks, u, v, index):
+        y = F.linear(x, weight, b)            -->         y, _ = pixelfly.linear(x, blocks, u, v, index, 64, False, b)
+        return (y,)                                       return (y,)
 
 The dense weight leaves the graph where nothing else uses it. The compact tensors are inputs and not constants, since
 the same code may run with other weights of the same shape. The graph's new nodes carry no fake values: AOTAutograd,
@@ -23,7 +23,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.forms import Step
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
-from pixelfly_compiler.passes.weights import Region
+from pixelfly_compiler.passes.weights import Region, value_of
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,21 @@ def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: 
     graph, node = match.module.graph, match.node
     with graph.inserting_before(node):
         x = _traced(match.operands.enter, match.x)
-        arguments = (x, blocks, u, v, index, match.out_features, transposed)
+        fused, separate = (match.bias, None) if _is_vector(match.bias, match.out_features) else (None, match.bias)
+        bias = None if fused is None else graph.call_method("to", (fused, match.dtype))
+        arguments = (x, blocks, u, v, index, match.out_features, transposed, bias)
         pair = graph.call_function(torch.ops.pixelfly.linear.default, arguments)
-        y = _plus(graph.call_function(operator.getitem, (pair, 0)), match.bias, match.dtype)
+        y = _plus(graph.call_function(operator.getitem, (pair, 0)), separate, match.dtype)
         y = _plus(_traced(match.operands.leave, y), match.addend, match.dtype)
     y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
+
+
+def _is_vector(bias: Node | None, features: int) -> bool:
+    """The operator takes a bias of one number for each output, and none that is broadcast."""
+    value = value_of(bias)
+    return value is not None and tuple(value.shape) == (features,)
 
 
 def _traced(step: Step, node: Node) -> Node:

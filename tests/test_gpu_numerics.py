@@ -130,8 +130,8 @@ def test_epilogues_are_fused_into_the_template(dtype: torch.dtype) -> None:
     bias, residual = torch.randn(128).to(dtype), torch.randn(2, 35, 128).to(dtype)
 
     def function(x: Tensor, blocks: Tensor, index: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
-        y = torch.ops.pixelfly.linear(x.view(2, 35, 192), blocks, None, None, index, 128, False)[0]
-        return (F.gelu(y + bias) + residual, y)  # y is stored too
+        y = torch.ops.pixelfly.linear(x.view(2, 35, 192), blocks, None, None, index, 128, False, bias)[0]
+        return (F.gelu(y) + residual, y)  # y is stored too
 
     from emitted import generate
 

@@ -58,13 +58,14 @@ def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = F
 def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool) -> None:
     features = UNEVEN.in_features if transposed else UNEVEN.out_features
     x, blocks, u, v, index = operands(UNEVEN, 77, 16, dtype, transposed)
+    bias = torch.randn(features).to(dtype)
 
-    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed)
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed, bias)
         plain = torch.ops.pixelfly.linear(x, blocks, None, None, index, features, transposed)[0]
         return y, t, plain
 
-    check(function, [x, blocks, u, v, index], kernels=2)
+    check(function, [x, blocks, u, v, index, bias], kernels=2)
     # The gradients take y as computed, so their error adds to its own: compare on the same y.
     y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed)
     pair = (x, y) if transposed else (y, x)
@@ -80,10 +81,11 @@ def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_avx2(dtype: torch.dtype, rows: int) -> None:
     x, blocks, u, v, index = operands(UNEVEN, rows, 16, dtype, False)
+    bias = torch.randn(UNEVEN.out_features).to(dtype)
 
     def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, square: Tensor) -> tuple[Tensor, ...]:
         grads = torch.ops.pixelfly.block_grad(x, x, x[:, :48], square, 32, 32)
-        return torch.ops.pixelfly.linear(x, blocks, u, v, index, UNEVEN.out_features, False)[0], *grads
+        return torch.ops.pixelfly.linear(x, blocks, u, v, index, UNEVEN.out_features, False, bias)[0], *grads
 
     with inductor_config.patch({"cpp.simdlen": 256}):
         assert pick_vec_isa().bit_width() == 256
@@ -93,8 +95,8 @@ def test_avx2(dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "rank"), [(1, 32), (7, 48)])
 def test_few_rows_take_the_dot_product_path(dtype: torch.dtype, rows: int, rank: int) -> None:
-    args = operands(UNEVEN, rows, rank, dtype, False)
-    code = check(lambda *a: torch.ops.pixelfly.linear(*a, UNEVEN.out_features, False), args, kernels=1)
+    args = [*operands(UNEVEN, rows, rank, dtype, False), torch.randn(UNEVEN.out_features).to(dtype)]
+    code = check(lambda *a: torch.ops.pixelfly.linear(*a[:5], UNEVEN.out_features, False, a[5]), args, kernels=1)
     assert "dot_rows" in code
 
 
@@ -111,14 +113,16 @@ def test_t_is_stored_only_where_it_is_read(rows: int) -> None:
 def test_epilogues_are_fused_into_the_template(dtype: torch.dtype) -> None:
     support = flat_butterfly(256, 192, 64, 1)
     x, blocks, _, _, index = operands(support, 130, 0, dtype, False)
-    bias, residual = torch.randn(256).to(dtype), torch.randn(2, 65, 256).to(dtype)
+    scale, residual = torch.randn(256).to(dtype), torch.randn(2, 65, 256).to(dtype)
 
-    def function(x: Tensor, blocks: Tensor, index: Tensor, bias: Tensor, residual: Tensor) -> tuple[Tensor]:
+    def function(x: Tensor, blocks: Tensor, index: Tensor, scale: Tensor, residual: Tensor) -> tuple[Tensor]:
         y = torch.ops.pixelfly.linear(x.view(2, 65, 192), blocks, None, None, index, 256, False)[0]
-        return (F.gelu(y + bias) + residual,)
+        return (F.gelu(y * scale) + residual,)
 
-    code = check(function, [x, blocks, index, bias, residual], kernels=1)
-    assert code.count("async_compile.cpp_pybinding") == 1, "bias, GELU and residual run in a kernel of their own"
+    code = check(function, [x, blocks, index, scale, residual], kernels=1)
+    assert code.count("async_compile.cpp_pybinding") == 1, "scale, GELU and residual run in a kernel of their own"
+    epilogue = code.partition("gelu")[2] if dtype == torch.bfloat16 else ""
+    assert "convert<at::BFloat16,1,float,2>(tmp" not in epilogue, "Inductor's text has changed: see _round_natively"
 
 
 def test_an_output_with_other_users_is_stored_too() -> None:

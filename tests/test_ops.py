@@ -70,7 +70,8 @@ def test_opcheck(transposed: bool, rank: int) -> None:
         u, v = v, u
     tensors = [t.requires_grad_() if t is not None else None for t in (torch.randn(4, k), blocks, u, v)]
     index = ops.support_index(support)
-    torch.library.opcheck(torch.ops.pixelfly.linear.default, (*tensors, index, features, transposed))
+    bias = torch.randn(features, requires_grad=True) if rank else None
+    torch.library.opcheck(torch.ops.pixelfly.linear.default, (*tensors, index, features, transposed, bias))
     a, x, t = (torch.randn(4, size, requires_grad=True) for size in (48, 64, rank))
     torch.library.opcheck(torch.ops.pixelfly.block_grad.default, (a, x, t if rank else None, index, 16, 16))
 

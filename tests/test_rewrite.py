@@ -306,11 +306,10 @@ def forward(self, weight, bias, x):
 """
 AFTER = """
 def forward(self, bias, x, blocks, index, u, v):
-    linear_default = torch.ops.pixelfly.linear.default(x, blocks, u, v, index, 48, False)
-    getitem = linear_default[0]
     to = bias.to(torch.float32)
-    add = getitem + to
-    relu = add.relu()
+    linear_default = torch.ops.pixelfly.linear.default(x, blocks, u, v, index, 48, False, to)
+    getitem = linear_default[0]
+    relu = getitem.relu()
     return (relu,)
 """
 
