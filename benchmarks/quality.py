@@ -1,12 +1,15 @@
 """Quality at equal steps: compact models and the one line against dense, on the Python standard library's source.
 
-    python benchmarks/quality.py                                  # everything: many hours on two cores
+    python benchmarks/quality.py                                  # everything: hours on two cores
     python benchmarks/quality.py --contenders dense "compact 0.25" --seeds 0
-    python benchmarks/quality.py --tiny                           # does it run?
+    python benchmarks/quality.py --time                           # step times: two minutes on a quiet machine
+    python benchmarks/quality.py --size tiny                      # does it run?
 
 A byte-level GPT-2 of about ten million parameters; AdamW with warm-up and cosine to 10%; all contenders see the same
-data in the same order. Each contender's learning rate is tuned first, on one seed, over the same grid; then it trains
-with the best one on all seeds. Reported against steps, flops of the weight matmuls (forward and backward) and seconds.
+data in the same order. Each contender's learning rate is tuned first, on one seed, downhill over the same grid; then it
+trains with the best one on all seeds. Reported against steps, flops of the weight matmuls (forward and backward) and
+seconds, which are steps times the median step time: `--time` measures that by itself, so that the training may run
+beside other load.
 
 Each run appends one row to `results/quality.jsonl`, and one that is there already is not run again: stop and go on at
 any time. `results/quality.csv` and `quality.png` are made of all rows of the size and number of steps asked for.
@@ -21,15 +24,15 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import HERE, append_rows, load_example, print_table
+from _common import DTYPES, HERE, append_rows, interleave, load_example, print_table
 from torch import Tensor, nn
 
 import pixelfly_compiler
@@ -37,26 +40,32 @@ from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.sparsify import compact_weights
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 CLIP = 1.0
 VALIDATION_SEED = 1234
 
 
 @dataclass(frozen=True)
 class Size:
-    """The model, the data of one step, and how often to look."""
+    """The model, the data of one step, the precision, and how often to look."""
 
     width: int
     layers: int
     sequence: int
     batch: int
+    steps: int
+    dtype: str
     evaluations: int
     validation_batches: int
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", DTYPES[self.dtype], enabled=self.dtype != "fp32")
+
 
 SIZES = {
-    "full": Size(width=384, layers=6, sequence=256, batch=32, evaluations=20, validation_batches=16),
-    "tiny": Size(width=128, layers=1, sequence=32, batch=4, evaluations=2, validation_batches=1),
+    "full": Size(384, 6, sequence=256, batch=32, steps=2000, dtype="fp32", evaluations=20, validation_batches=16),
+    "short": Size(384, 6, sequence=128, batch=16, steps=600, dtype="bf16", evaluations=6, validation_batches=32),
+    "tiny": Size(128, 1, sequence=32, batch=4, steps=4, dtype="fp32", evaluations=2, validation_batches=1),
 }
 
 
@@ -87,6 +96,7 @@ def gpt(size: Size) -> nn.Module:
     """HF's GPT-2; the head has a weight of its own, so that each contender may make it sparse."""
     example = load_example("train_gpt")
     model = example.gpt(example.Size(size.width, size.layers, size.sequence, size.batch, steps=0))
+    model.set_attn_implementation("eager")  # the faster one here, for dense as for sparse models
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
@@ -159,7 +169,7 @@ def low_rank(size: Size, ids: Tensor, budget: float) -> Built:
 def smaller_dense(size: Size, ids: Tensor, budget: float) -> Built:
     """A narrower model whose weight matmuls cost the budget's share: width^2 per layer, in whole multiples of 16."""
     width = max(16, round(size.width * math.sqrt(budget) / 16) * 16)
-    model = gpt(Size(**{**asdict(size), "width": width}))
+    model = gpt(replace(size, width=width))
     return Built(model, torch.compile(model), (width / size.width) ** 2)
 
 
@@ -180,39 +190,32 @@ CONTENDERS: dict[str, Callable[[Size, Tensor], Built]] = {
 
 
 @torch.no_grad()
-def validation(built: Built, batches: Sequence[Tensor]) -> float:
+def validation(built: Built, size: Size, batches: Sequence[Tensor]) -> float:
     """Nats per byte; the mode stays `train`, since nothing depends on it and another one would compile anew."""
-    return float(torch.stack([built.call(ids, labels=ids).loss for ids in batches]).mean())
+    with size.autocast():
+        return float(torch.stack([built.call(ids, labels=ids).loss for ids in batches]).mean())
 
 
 def train(run: Run) -> dict[str, Any]:
-    """One row: the validation loss, with seconds of training so far, at evenly spaced steps."""
+    """One row: the validation loss at evenly spaced steps."""
     example, training = load_example("train_gpt"), load_example("_training")
     size = SIZES[run.size]
     torch._dynamo.reset()
     held_in, held_out = example.standard_library()
     data: Iterator[Tensor] = example.batches(held_in, size, run.seed)
     held_out_batches = list(itertools.islice(example.batches(held_out, size, VALIDATION_SEED), size.validation_batches))
-    torch.manual_seed(run.seed)
-    built = CONTENDERS[run.contender](size, next(data))
+    built = build(run.contender, size, next(data), run.seed)
     optimizer = torch.optim.AdamW(built.model.parameters(), lr=run.rate, fused=True)
     schedule = training.warmup_and_cosine(
         optimizer, training.Training(run.steps, run.rate, torch.float32, size.batch * size.sequence, run.seed)
     )
     looks = {round(run.steps * (i + 1) / size.evaluations) for i in range(size.evaluations)}
-    curve, seconds = [], []
+    curve = []
     for step, ids in enumerate(itertools.islice(data, run.steps), start=1):
-        start = time.perf_counter()
-        built.call(ids, labels=ids).loss.backward()
-        nn.utils.clip_grad_norm_(built.model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        train_step(built, size, optimizer, ids)
         schedule.step()
         if step in looks:
-            # The first step compiles: it counts as a median one.
-            spent = sum(seconds[1:]) + statistics.median(seconds[1:] or seconds)
-            curve.append({"step": step, "seconds": spent, "loss": validation(built, held_out_batches)})
+            curve.append({"step": step, "loss": validation(built, size, held_out_batches)})
     parameters = sum(p.numel() for p in built.model.parameters())
     return {
         **asdict(run),
@@ -221,6 +224,21 @@ def train(run: Run) -> dict[str, Any]:
         "kept": built.kept,
         "elements": parameters,
     }
+
+
+def build(contender: str, size: Size, ids: Tensor, seed: int) -> Built:
+    torch.manual_seed(seed)
+    with size.autocast():  # a plan is made for the precision it runs in
+        return CONTENDERS[contender](size, ids)
+
+
+def train_step(built: Built, size: Size, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+    with size.autocast():
+        loss = built.call(ids, labels=ids).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(built.model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def flops(size: Size) -> float:
@@ -265,25 +283,71 @@ def tuned(contender: str, args: argparse.Namespace, results: Results) -> list[di
     def row(rate: float, seed: int) -> dict[str, Any]:
         return results.get(Run(contender, rate, seed, args.steps, args.size))
 
-    best = min(args.rates, key=lambda rate: final(row(rate, args.seeds[0])))
+    best = lowest(lambda rate: final(row(rate, args.seeds[0])), sorted(args.rates))
     return [row(best, seed) for seed in args.seeds]
+
+
+def lowest(loss: Callable[[float], float], rates: Sequence[float]) -> float:
+    """The rate where `loss` has a local minimum, walking downhill from the middle of `rates`."""
+    at, step = len(rates) // 2, 1
+    if at + step >= len(rates) or loss(rates[at + step]) >= loss(rates[at]):
+        step = -1
+    while 0 <= at + step < len(rates) and loss(rates[at + step]) < loss(rates[at]):
+        at += step
+    return rates[at]
+
+
+# --------------------------------------------------------------------------------------------------------- step times
+
+
+def step_times(contenders: Sequence[str], size: Size, budget_s: float = 60.0) -> dict[str, float]:
+    """Median seconds of each contender's training step: one step of each in turn, so that noise hits all alike."""
+    example = load_example("train_gpt")
+    ids = next(example.batches(example.standard_library()[0], size, seed=0))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2 * len(CONTENDERS)):  # they share the code of one forward
+        steppers = {name: stepper(name, size, ids) for name in contenders}
+        times = interleave(steppers, rounds=40, warmup=2, budget_s=budget_s)
+    return {name: times.median(name) for name in contenders}
+
+
+def stepper(contender: str, size: Size, ids: Tensor) -> Callable[[], None]:
+    built = build(contender, size, ids, seed=0)
+    optimizer = torch.optim.AdamW(built.model.parameters(), lr=1e-4, fused=True)
+    return lambda: train_step(built, size, optimizer, ids)
+
+
+def record_step_times(args: argparse.Namespace) -> None:
+    times = step_times(args.contenders, SIZES[args.size])
+    append_rows("quality_steps", [{"size": args.size, "contender": name, "seconds": s} for name, s in times.items()])
+    print_table("median training step", ("contender", "ms"), [(name, f"{s * 1e3:.0f}") for name, s in times.items()])
+
+
+def recorded_step_times(size: str) -> dict[str, float]:
+    """Contender -> seconds per step, as last recorded at this size."""
+    path = HERE / "results" / "quality_steps.jsonl"
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+    return {row["contender"]: row["seconds"] for row in rows if row["size"] == size}
 
 
 # ------------------------------------------------------------------------------------------------------------- report
 
+Groups = Mapping[str, Sequence[Mapping[str, Any]]]
 
-def write_csv(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+
+def write_csv(path: Path, groups: Groups, times: Mapping[str, float]) -> None:
     columns = ("contender", "rate", "seed", "step", "seconds", "flops", "loss")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for name, row in [(name, row) for name, rows in groups.items() for row in rows]:
             for point in row["curve"]:
-                spent = point["step"] * row["flops"]
-                writer.writerow((name, row["rate"], row["seed"], point["step"], point["seconds"], spent, point["loss"]))
+                step = point["step"]
+                seconds = step * times[name] if name in times else ""
+                writer.writerow((name, row["rate"], row["seed"], step, seconds, step * row["flops"], point["loss"]))
 
 
-def plot(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def plot(path: Path, groups: Groups, times: Mapping[str, float]) -> None:
     """Mean validation loss over seeds against steps, flops and seconds."""
     import matplotlib
 
@@ -295,9 +359,8 @@ def plot(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         points = list(zip(*(row["curve"] for row in rows), strict=True))
         loss = [statistics.mean(point["loss"] for point in same) for same in points]
         steps = [same[0]["step"] for same in points]
-        seconds = [statistics.mean(point["seconds"] for point in same) for same in points]
-        for axis, xs in zip(axes, (steps, [step * rows[0]["flops"] for step in steps], seconds), strict=True):
-            axis.plot(xs, loss, label=name)
+        for axis, unit in zip(axes, (1, rows[0]["flops"], times.get(name, math.nan)), strict=True):
+            axis.plot([step * unit for step in steps], loss, label=name)
     for axis, label in zip(axes, ("steps", "flops of weight matmuls", "seconds"), strict=True):
         axis.set_xlabel(label)
     axes[0].set_ylabel("validation loss (nats per byte)")
@@ -306,30 +369,29 @@ def plot(path: Path, groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     pyplot.close(figure)
 
 
-def at_seconds(row: Mapping[str, Any], limit: float) -> float | None:
-    """The last loss seen within `limit` seconds of training."""
-    within = [point["loss"] for point in row["curve"] if point["seconds"] <= limit]
-    return within[-1] if within else None
+def dense_within(results: Results, args: argparse.Namespace, steps: float) -> float:
+    """The lowest loss of any dense run of at most so many steps, whatever its schedule; infinite if there is none."""
+    rows = [row for run, row in results.rows.items() if run.contender == "dense" and run.size == args.size]
+    return min((point["loss"] for row in rows for point in row["curve"] if point["step"] <= steps), default=math.inf)
 
 
-def cells(name: str, rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> list[str]:
+def cells(name: str, groups: Groups, times: Mapping[str, float], dense_by: Callable[[float], float]) -> list[str]:
+    """One row of the table."""
+    rows, base = groups[name], groups.get("dense")
     loss = statistics.mean(map(final, rows))
     spread = max(map(final, rows)) - min(map(final, rows))
-    step_ms = statistics.mean(row["curve"][-1]["seconds"] / row["curve"][-1]["step"] for row in rows) * 1e3
-    versus = f"{loss / statistics.mean(map(final, base)) - 1:+.1%}" if base else "-"
-    limit = statistics.mean(row["curve"][-1]["seconds"] for row in rows)
-    same_time = [at_seconds(row, limit) for row in base or ()]
-    known = [value for value in same_time if value is not None]
+    ratio = times[name] / times["dense"] if {name, "dense"} <= times.keys() else math.nan
+    by_then = dense_by(rows[0]["steps"] * ratio)
     return [
         name,
         f"{rows[0]['rate']:g}",
         f"{rows[0]['kept']:.1%}",
         f"{rows[0]['elements'] / 1e6:.2f}",
         f"{loss:.4f}",
-        f"{spread:.4f}",
-        versus,
-        f"{statistics.mean(known):.4f}" if known else "-",
-        f"{step_ms:.0f}",
+        f"{spread:.4f}" if len(rows) > 1 else "-",
+        f"{loss / statistics.mean(map(final, base)) - 1:+.1%}" if base else "-",
+        f"{times[name] * 1e3:.0f}" if name in times else "-",
+        f"{by_then:.4f}" if math.isfinite(by_then) else "-",
     ]
 
 
@@ -341,8 +403,8 @@ COLUMNS = (
     "loss",
     "spread",
     "against dense",
-    "dense by then",
     "ms per step",
+    "dense by then",
 )
 
 
@@ -351,24 +413,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--rates", nargs="+", type=float, default=list(RATES))
-    flags.add_argument("--steps", type=int, default=2000)
-    flags.add_argument("--tiny", action="store_true", help="a tiny model, few steps, nothing is recorded")
+    flags.add_argument("--size", choices=SIZES, default="short", help="tiny is not recorded")
+    flags.add_argument("--steps", type=int, help="default: the size's own")
+    flags.add_argument("--time", action="store_true", help="record the contenders' step times, and train nothing")
     args = flags.parse_args(argv)
-    args.size = "tiny" if args.tiny else "full"
-    if args.tiny:
-        args.steps, args.seeds, args.rates = 4, args.seeds[:1], args.rates[:1]
+    args.steps = args.steps or SIZES[args.size].steps
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def main(argv: Sequence[str] | None = None) -> Groups:
     args = parse(argv)
-    folder = Path(tempfile.mkdtemp()) if args.tiny else HERE / "results"
-    results = Results(HERE / "results" / "quality.jsonl", record=not args.tiny)
+    if args.time:
+        record_step_times(args)
+        return {}
+    recorded = args.size != "tiny"
+    folder = HERE / "results" if recorded else Path(tempfile.mkdtemp())
+    results = Results(HERE / "results" / "quality.jsonl", recorded)
     groups = {name: tuned(name, args, results) for name in args.contenders}
-    write_csv(folder / "quality.csv", groups)
-    plot(folder / "quality.png", groups)
+    times = recorded_step_times(args.size)
+    write_csv(folder / "quality.csv", groups, times)
+    plot(folder / "quality.png", groups, times)
     title = f"validation loss after {args.steps} steps, nats per byte; mean of {len(args.seeds)} seeds"
-    print_table(title, COLUMNS, [cells(name, rows, groups.get("dense")) for name, rows in groups.items()])
+    dense_by = partial(dense_within, results, args)
+    print_table(title, COLUMNS, [cells(name, groups, times, dense_by) for name in groups])
     print(f"{folder / 'quality.csv'}, {folder / 'quality.png'}")
     return groups
 

@@ -1,4 +1,4 @@
-"""The benchmark of quality runs from end to end at a tiny size; nothing is recorded."""
+"""The benchmark of quality runs from end to end at a tiny size, where nothing is recorded; how it searches rates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def test_quality(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     recorded = BENCHMARKS / "results" / "quality.jsonl"
     before = recorded.read_bytes() if recorded.exists() else None
     quality = importlib.import_module("quality")
-    groups = quality.main(["--tiny", "--contenders", "dense", "compact 0.25", "random blocks 0.25"])
+    tiny = ["--size", "tiny", "--seeds", "0", "--rates", "1e-3"]
+    groups = quality.main([*tiny, "--contenders", "dense", "compact 0.25", "random blocks 0.25"])
     assert list(groups) == ["dense", "compact 0.25", "random blocks 0.25"]
     for rows in groups.values():
         assert [point["step"] for point in rows[0]["curve"]] == [2, 4]
@@ -27,3 +28,13 @@ def test_quality(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert groups["compact 0.25"][0]["flops"] < 0.3 * groups["dense"][0]["flops"]
     assert "against dense" in capsys.readouterr().out
     assert (recorded.read_bytes() if recorded.exists() else None) == before
+
+
+def test_learning_rates_are_searched_downhill(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    lowest = importlib.import_module("quality").lowest
+    for best in range(6):
+        assert lowest(lambda rate: abs(rate - best), range(6)) == best  # noqa: B023
+    assert lowest(lambda rate: math.inf if rate > 2 else -rate, range(6)) == 2  # what diverges is never the best
+    assert lowest(lambda rate: rate, [3]) == 3
