@@ -63,15 +63,18 @@ def interleave(
     warmup: int = 1,
     flush: bool = False,
     budget_s: float = float("inf"),
+    timer: Callable[[Callable[[], Any]], float] | None = None,
+    device: str = "cpu",
 ) -> Times:
     """Time every contender once per round. `flush` empties the caches first, as the rest of a model would.
 
-    Stops early, after three rounds at least, once `budget_s` seconds are spent.
+    Stops early, after three rounds at least, once `budget_s` seconds are spent. `timer` gives the seconds of one call.
     """
+    timer = timer or host_seconds
     for run in contenders.values():
         for _ in range(warmup):
             run()
-    cold = torch.empty(FLUSH_BYTES // 4) if flush else None
+    cold = torch.empty(FLUSH_BYTES // 4, device=device) if flush else None
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
@@ -82,10 +85,28 @@ def interleave(
         for name in names[done % len(names) :] + names[: done % len(names)]:
             if cold is not None:
                 cold.fill_(done)
-            start = time.perf_counter()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timer(contenders[name]))
     return Times(seconds)
+
+
+def host_seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def device_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that a GPU is busy with the call, or waits for the host to hand it the call's work."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timer_of(device: str) -> Callable[[Callable[[], Any]], float]:
+    return device_seconds if device == "cuda" else host_seconds
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -120,8 +141,10 @@ def cpu_model() -> str:
 def commit() -> str:
     """The checked-out commit, with + if tracked files differ from it; empty outside a checkout."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def append_rows(benchmark: str, rows: Iterable[Mapping[str, Any]]) -> Path:

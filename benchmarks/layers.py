@@ -55,15 +55,23 @@ class Problem:
     lowrank_share: float
 
     @classmethod
-    def random(cls, shape: tuple[int, int, int], kept: float, dtype: torch.dtype, args: argparse.Namespace) -> Problem:
+    def random(
+        cls,
+        shape: tuple[int, int, int],
+        kept: float,
+        dtype: torch.dtype,
+        block: int,
+        lowrank_share: float,
+        device: str = "cpu",
+    ) -> Problem:
         rows, inputs, outputs = shape
         generator = torch.Generator().manual_seed(0)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator).to(dtype)
+            return torch.randn(size, generator=generator).to(device, dtype)
 
         weight = normal(outputs, inputs) / math.sqrt(inputs)
-        return cls(normal(rows, inputs), normal(rows, outputs), weight, normal(outputs), kept, args.block, args.lowrank)
+        return cls(normal(rows, inputs), normal(rows, outputs), weight, normal(outputs), kept, block, lowrank_share)
 
     @property
     def rows(self) -> int:
@@ -119,12 +127,12 @@ def pixelfly(p: Problem) -> Contender:
     if strides is None:
         raise NotHere(f"no flat butterfly of block {p.block} keeps {left:.1%} or less")
     support = flat_butterfly(p.outputs, p.inputs, p.block, strides)
-    index = ops.support_index(support)
-    rows, cols = projection.block_index(support)
+    index = ops.support_index(support, p.x.device)
+    rows, cols = projection.block_index(support, p.x.device)
     blocks = projection.gather_blocks(p.weight, rows, cols, p.block).contiguous()
     generator = torch.Generator().manual_seed(1)
-    u = torch.randn(p.outputs, rank, generator=generator).to(p.x.dtype) / math.sqrt(p.inputs) if rank else None
-    v = projection.fixed_basis(p.inputs, rank).to(p.x.dtype) if rank else None
+    u = torch.randn(p.outputs, rank, generator=generator).to(p.x) / math.sqrt(p.inputs) if rank else None
+    v = projection.fixed_basis(p.inputs, rank).to(p.x) if rank else None
     dense = projection.scatter_blocks(blocks.double(), rows, cols, p.outputs, p.inputs)
     if u is not None and v is not None:
         dense = dense + u.double() @ v.double().T
@@ -235,15 +243,17 @@ def monarch(p: Problem) -> Contender:
     nblocks = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(math.log(n / wanted)))
     width, out_width = p.inputs // nblocks, p.outputs // nblocks
     generator = torch.Generator().manual_seed(1)
-    first = (torch.randn(nblocks, width, width, generator=generator) / math.sqrt(width)).to(p.x.dtype)
-    second = (torch.randn(nblocks, out_width, width, generator=generator) / math.sqrt(width)).to(p.x.dtype)
+    first = (torch.randn(nblocks, width, width, generator=generator) / math.sqrt(width)).to(p.x)
+    second = (torch.randn(nblocks, out_width, width, generator=generator) / math.sqrt(width)).to(p.x)
 
     def forward(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
         hidden = torch.bmm(x.reshape(-1, nblocks, width).transpose(0, 1), first.mT)  # (nblocks, M, width)
         hidden = hidden.permute(1, 2, 0).reshape(-1, nblocks, width).transpose(0, 1)  # the permutation
         return torch.bmm(hidden, second.mT).permute(1, 2, 0).reshape(-1, nblocks * out_width)
 
-    dense = forward(torch.eye(p.inputs, dtype=torch.float64), first.double(), second.double()).T.contiguous()
+    dense = forward(
+        torch.eye(p.inputs, dtype=torch.float64, device=p.x.device), first.double(), second.double()
+    ).T.contiguous()
     first.requires_grad_(), second.requires_grad_()
     x = p.x.clone().requires_grad_()
     out = forward(x, first, second)
@@ -333,6 +343,7 @@ def masked(p: Problem, block: int) -> tuple[Tensor, Tensor]:
     count = max(1, round(p.kept * cols))
     order = torch.rand(rows, cols, generator=torch.Generator().manual_seed(2)).argsort(1)
     mask = (order < count).repeat_interleave(block, 0).repeat_interleave(block, 1)[: p.outputs, : p.inputs]
+    mask = mask.to(p.weight.device)
     return p.weight * mask, mask
 
 
@@ -471,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         title = f"{rows} x {inputs} -> {outputs}, {kept:.1%} kept, {dtype}"
         print(title)
         torch._dynamo.reset()  # else many shapes meet Dynamo's recompile limit
-        problem = Problem.random(sizes, kept, DTYPES[dtype], args)
+        problem = Problem.random(sizes, kept, DTYPES[dtype], args.block, args.lowrank)
         contenders = dict(build(problem, args.contenders))
         measured = [
             row for operation in args.operations for row in measure(problem, contenders, operation, args.rounds)

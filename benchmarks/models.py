@@ -17,11 +17,13 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +64,19 @@ class Workload:
     labels: Tensor
     labels_go_in: bool = False  # the model computes its own loss
 
+    def to(self, device: str) -> Workload:
+        batch, single = (tuple(t.to(device) for t in tensors) for tensors in (self.batch, self.single))
+        return replace(self, model=self.model.to(device), batch=batch, single=single, labels=self.labels.to(device))
+
+    def parts(self, rows: int) -> list[Workload]:
+        """The same work in batches of at most so many rows, in equal parts if there are several."""
+        count = math.ceil(len(self.labels) / rows)
+        batches = zip(*(tensor.chunk(count) for tensor in self.batch), strict=True)
+        return [
+            replace(self, batch=batch, labels=labels)
+            for batch, labels in zip(batches, self.labels.chunk(count), strict=True)
+        ]
+
     def forward(self, model: Callable[..., Any], mode: str) -> Tensor:
         """The logits, or the loss when training."""
         if mode != "train":
@@ -79,45 +94,57 @@ def logits_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
 
-def gpt2(tiny: bool) -> Workload:
-    """HF's GPT-2 small, 4 x 512 tokens; no dropout, so that runs can be compared number by number."""
+def gpt2(
+    tiny: bool, width: int = 768, layers: int = 12, heads: int = 12, batch: int = 4, tokens: int = 512
+) -> Workload:
+    """HF's GPT-2, small if nothing else is said; no dropout, so that runs can be compared number by number."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes: dict[str, Any] = (
-        {"n_embd": 128, "n_layer": 1, "n_head": 2, "n_positions": 64, "vocab_size": 512} if tiny else {}
-    )
+    if tiny:
+        width, layers, heads, batch, tokens = 128, 1, 2, 2, 64
+    sizes: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": max(tokens, 1024)}
+    sizes |= {"vocab_size": 512} if tiny else {}
     off: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
     config = GPT2Config(**sizes, **off, bos_token_id=None, eos_token_id=None)
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what it falls back to with a warning
-    ids = torch.randint(config.vocab_size, (2, 64) if tiny else (4, 512))
+    ids = torch.randint(config.vocab_size, (batch, tokens))
     return Workload(model, (ids,), (ids[:1, :1],), ids.numel(), ids, labels_go_in=True)
 
 
-def mixer(tiny: bool) -> Workload:
-    """Mixer-S/16 at 224 pixels, batch 16."""
+def mixer(tiny: bool, base: bool = False, batch: int = 16) -> Workload:
+    """Mixer-S/16 or -B/16 at 224 pixels."""
     example = load_example("image_mixer")
-    config = example.SIZES["tiny"].mixer if tiny else example.mixer_s16()
-    return images(example.Mixer(config), config.channels, config.image, config.classes)
+    config = example.SIZES["tiny"].mixer if tiny else example.mixer_b16() if base else example.mixer_s16()
+    return images(example.Mixer(config), config.channels, config.image, config.classes, 16 if tiny else batch)
 
 
-def vit(tiny: bool) -> Workload:
-    """ViT-S/16 at 224 pixels, batch 16, by transformers."""
+def vit(tiny: bool, width: int = 384, heads: int = 6, batch: int = 16) -> Workload:
+    """ViT-S/16 at 224 pixels, by transformers."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    width, layers, heads, pixels = (128, 1, 2, 32) if tiny else (384, 12, 6, 224)
+    layers, pixels = 12, 224
+    if tiny:
+        width, layers, heads, pixels, batch = 128, 1, 2, 32, 16
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     rest: dict[str, Any] = {"intermediate_size": 4 * width, "image_size": pixels, "num_labels": CLASSES}
     config = ViTConfig(**sizes, **rest, patch_size=16)
-    return images(ViTForImageClassification(config), 3, pixels, CLASSES)
+    return images(ViTForImageClassification(config), 3, pixels, CLASSES, batch)
 
 
-def images(model: nn.Module, channels: int, pixels: int, classes: int, batch: int = 16) -> Workload:
+def images(model: nn.Module, channels: int, pixels: int, classes: int, batch: int) -> Workload:
     inputs = torch.randn(batch, channels, pixels, pixels)
     return Workload(model, (inputs,), (inputs[:1],), batch, torch.randint(classes, (batch,)))
 
 
-MODELS: dict[str, Callable[[bool], Workload]] = {"gpt2": gpt2, "mixer": mixer, "vit": vit}
+SMALL: dict[str, Callable[[bool], Workload]] = {"gpt2": gpt2, "mixer": mixer, "vit": vit}
+LARGE: dict[str, Callable[[bool], Workload]] = {  # for a GPU
+    "gpt2-medium": partial(gpt2, width=1024, layers=24, heads=16, batch=8, tokens=1024),
+    "gpt2-small": partial(gpt2, batch=16, tokens=1024),
+    "vit-b": partial(vit, width=768, heads=12, batch=128),
+    "mixer-b": partial(mixer, base=True, batch=128),
+}
+MODELS = SMALL | LARGE
 
 
 # --------------------------------------------------------------------------------------------------------- contenders
@@ -133,6 +160,7 @@ class Case:
     budget: float
     tiny: bool
     attention: str = "sdpa"
+    device: str = "cpu"
 
     def workload(self) -> Workload:
         torch.manual_seed(0)
@@ -140,11 +168,11 @@ class Case:
         choose: Any = getattr(workload.model, "set_attn_implementation", None)
         if choose is not None:
             choose(self.attention)
-        return workload
+        return workload.to(self.device)
 
     def autocast(self) -> torch.autocast:
         dtype = DTYPES[self.dtype]
-        return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device, dtype, enabled=dtype != torch.float32)
 
     def options(self, contender: str) -> dict[str, Any]:
         """Options of the backend; what `plan` takes, too."""
@@ -155,27 +183,31 @@ class Case:
 
 @dataclass
 class Runner:
-    """One contender, compiled on its own copy of the model. Calling it does one step."""
+    """One contender, compiled on its own copy of the model. Calling it does one step. `mode`: that of torch.compile."""
 
     case: Case
     name: str
     workload: Workload
+    mode: str | None = None
     model: nn.Module = field(init=False)
     compiled: Any = field(init=False)
 
     def __post_init__(self) -> None:
         training = self.case.mode == "train"
         self.model = copy.deepcopy(self.workload.model).train(training)
+        options = dict(torch._inductor.list_mode_options(self.mode)) if self.mode else {}
         if self.name == DENSE:
-            self.compiled = torch.compile(self.model)
-        elif self.name == COMPACT:
+            self.compiled = torch.compile(self.model, options=options or None)
+        else:
             import pixelfly_compiler
 
-            args, kwargs = self.workload.plan_arguments(self.case.mode)
-            pixelfly_compiler.sparsify_(self.model, args, kwargs, **self.case.options(self.name))
-            self.compiled = torch.compile(self.model, backend="pixelfly")
-        else:
-            self.compiled = torch.compile(self.model, backend="pixelfly", options=self.case.options(self.name))
+            if self.name == COMPACT:
+                args, kwargs = self.workload.plan_arguments(self.case.mode)
+                pixelfly_compiler.sparsify_(self.model, args, kwargs, **self.case.options(self.name))
+            else:
+                options |= self.case.options(self.name)
+            # The function and not its name, which is known where the package is installed.
+            self.compiled = torch.compile(self.model, backend=pixelfly_compiler.pixelfly, options=options or None)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True) if training else None
 
     def __call__(self) -> None:
@@ -193,16 +225,25 @@ class Runner:
 # -------------------------------------------------------------------------------------------------------- correctness
 
 
-def evaluate(case: Case, workload: Workload, model: nn.Module, call: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """The output and, when training, the gradient of every parameter in `named_parameters` order, aliases included."""
+def evaluate(
+    case: Case, workload: Workload, model: nn.Module, call: Callable[..., Any], rows: int | None = None
+) -> tuple[Tensor, ...]:
+    """The output and, when training, the gradient of every parameter in `named_parameters` order, aliases included.
+
+    `rows`: run in batches of so many, for whom memory is short.
+    """
+    parts = workload.parts(rows) if rows and case.mode != "single" else [workload]
     if case.mode != "train":
         with torch.no_grad():
-            return (workload.forward(call, case.mode),)
-    loss = workload.forward(call, case.mode)
-    loss.backward()
+            return (torch.cat([part.forward(call, case.mode) for part in parts]),)
+    losses = []
+    for part in parts:
+        loss = part.forward(call, case.mode) / len(parts)
+        loss.backward()
+        losses.append(loss.detach())
     grads = [p.grad for _, p in model.named_parameters(remove_duplicate=False)]
     model.zero_grad()
-    return (loss.detach(), *(torch.zeros(()) if grad is None else grad for grad in grads))
+    return (torch.stack(losses).sum(), *(losses[0].new_zeros(()) if grad is None else grad for grad in grads))
 
 
 def through_projection(plan: Any, dense: nn.Module, oracle: nn.Module, values: Sequence[Tensor]) -> list[Tensor]:
@@ -225,10 +266,11 @@ def through_projection(plan: Any, dense: nn.Module, oracle: nn.Module, values: S
     return expected
 
 
-def check(case: Case, runner: Runner) -> float:
+def check(case: Case, runner: Runner, rows: int | None = None) -> float:
     """Worst relative error of outputs and gradients against the eager oracle in fp32; raises if it is too large.
 
     A compact model is its own oracle. In bf16 it may be twice the error of the eager oracle under the same autocast.
+    `rows`: the oracle runs in batches of so many.
     """
     workload = runner.workload
     oracle = copy.deepcopy(runner.model)
@@ -245,14 +287,14 @@ def check(case: Case, runner: Runner) -> float:
             return values
         return through_projection(plan, runner.model, oracle, values)
 
-    exact = as_dense_sees(evaluate(case, workload, oracle, oracle))
+    exact = as_dense_sees(evaluate(case, workload, oracle, oracle, rows))
     with case.autocast():
         ours = evaluate(case, workload, runner.model, runner.compiled)
     error = worst_error(ours, exact)
     allowed = FP32_TOLERANCE
     if case.dtype != "fp32":
         with case.autocast():
-            allowed = 2 * worst_error(as_dense_sees(evaluate(case, workload, oracle, oracle)), exact)
+            allowed = 2 * worst_error(as_dense_sees(evaluate(case, workload, oracle, oracle, rows)), exact)
     if not error <= allowed:  # NaN is wrong too
         raise AssertionError(f"{runner.name}: error {error:.1e} against the oracle, {allowed:.1e} allowed")
     return error
@@ -357,7 +399,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    flags.add_argument("--models", nargs="+", choices=MODELS, default=list(SMALL))
     flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     flags.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     flags.add_argument("--budget", type=float, default=0.25)

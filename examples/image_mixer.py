@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from _training import Contender, Result, Training, parser, peak_memory, race, report, train
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 
@@ -77,6 +75,11 @@ def mixer_s16() -> MixerConfig:
     return MixerConfig(224, 16, 3, width=512, depth=8, token_hidden=256, channel_hidden=2048, classes=1000)
 
 
+def mixer_b16() -> MixerConfig:
+    """Mixer-B/16 at 224 pixels, likewise."""
+    return MixerConfig(224, 16, 3, width=768, depth=12, token_hidden=384, channel_hidden=3072, classes=1000)
+
+
 @dataclass(frozen=True)
 class Size:
     mixer: MixerConfig
@@ -93,6 +96,9 @@ DIGITS_MAX = 16.0
 
 def digits(pixels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images (n, 1, pixels, pixels) and labels, then the test set's: one image in four."""
+    from sklearn.datasets import load_digits  # here: the benchmarks use the model without the data
+    from sklearn.model_selection import train_test_split
+
     data = load_digits()
     images = torch.tensor(data.images / DIGITS_MAX * 2 - 1, dtype=torch.float32)[:, None]
     images = F.interpolate(images, (pixels, pixels), mode="bilinear")

@@ -14,6 +14,19 @@ _compiled = tempfile.TemporaryDirectory(prefix="pixelfly-tests-", ignore_cleanup
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled.name)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", help="of the tests marked gpu, which are passed over where it is not")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device under test: a GPU, or what stands in for one."""
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
+
+
 def pytest_unconfigure() -> None:
     _compiled.cleanup()
 
