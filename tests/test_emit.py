@@ -198,18 +198,20 @@ def snapshot() -> dict[str, Any]:
 
 
 @functools.cache
-def compiled(target: str, dtype: torch.dtype, block: int, rows: int) -> list[Any]:
+def compiled(
+    target: str, dtype: torch.dtype, block: int, rows: int, inputs: int = 1024, outputs: int = 1024
+) -> list[Any]:
     """Forward with bias and GELU, input gradient and block gradient, compiled for the target."""
     from emitted import binaries, generate
 
-    support = flat_butterfly(1024, 1024, block, 1)
-    x = torch.randn(rows, 1024, dtype=dtype, requires_grad=True)
+    support = flat_butterfly(outputs, inputs, block, 1)
+    x = torch.randn(rows, inputs, dtype=dtype, requires_grad=True)
     blocks = torch.randn(support.nnz, block, block, dtype=dtype, requires_grad=True)
-    u = torch.randn(1024, 64, dtype=dtype, requires_grad=True)
-    args = [x, blocks, u, torch.randn(1024, 64, dtype=dtype), ops.support_index(support), torch.randn(1024).to(dtype)]
+    u, v = torch.randn(outputs, 64, dtype=dtype, requires_grad=True), torch.randn(inputs, 64, dtype=dtype)
+    args = [x, blocks, u, v, ops.support_index(support), torch.randn(outputs).to(dtype)]
 
     def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> Tensor:
-        return nn.functional.gelu(torch.ops.pixelfly.linear(x, blocks, u, v, index, 1024, False)[0] + bias)
+        return nn.functional.gelu(torch.ops.pixelfly.linear(x, blocks, u, v, index, outputs, False)[0] + bias)
 
     return [binary for code in generate(function, args, target) for binary in binaries(code, KNOWN[target]).values()]
 
@@ -234,6 +236,15 @@ def test_half_precision_uses_tensor_cores_without_spills(target: str, dtype: tor
 def test_fp32_and_few_rows(target: str) -> None:
     for binary in [*compiled(target, torch.float32, 64, 4096), *compiled(target, torch.bfloat16, 64, 16)]:
         check_resources(binary, KNOWN[target])
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 512, 16384])
+@pytest.mark.parametrize(("inputs", "outputs"), [(4096, 1024), (1024, 4096), (8192, 8192)])
+def test_what_the_gpu_suite_launches_compiles_for_hopper(rows: int, inputs: int, outputs: int, block: int) -> None:
+    for binary in compiled("cuda:90", torch.bfloat16, block, rows, inputs, outputs):
+        check_resources(binary, KNOWN["cuda:90"])
 
 
 def check_resources(binary: Any, gpu: Gpu) -> None:

@@ -6,8 +6,8 @@
 
 Nothing needs to be installed beyond the checkout. Each piece of work runs in a process of its own (see `workers.py`),
 an error of one is recorded and the others go on. `OUT/gpu.json` is written anew after every piece, so that a run that
-is cut off keeps what it has; the tables are in `OUT/gpu.txt`, too. Time that a section leaves over goes to the next; what
-was not reached says so.
+is cut off keeps what it has; the tables are in `OUT/gpu.txt`, too. Time that a section leaves over goes to the next;
+what was not reached says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,7 @@ class Suite:
 def tests(suite: Suite, deadline: float) -> Iterator[Answer]:
     """The GPU part of the test-suite, in several processes where pytest-xdist is there."""
     log = suite.args.out / "gpu-tests.log"
-    command = [sys.executable, "-m", "pytest", "tests/test_device.py", "--device", suite.args.device, "-rfE"]
+    command = [sys.executable, "-m", "pytest", "tests/test_device.py", "--device", suite.args.device, "-v", "-rfE"]
     command += ["--tb=short", "-p", "no:cacheprovider", "-W", "default", "-o", "addopts=", "--color=no"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(suite.args.jobs)]
@@ -101,11 +102,13 @@ def tests(suite: Suite, deadline: float) -> Iterator[Answer]:
         except subprocess.TimeoutExpired:
             process.terminate()
             code = None
-    lines = log.read_text(errors="replace").splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    summary = lines[-1].strip("= ") if lines else ""
-    row = {"passed": code == 0, "summary": summary if code is not None else "out of time", "failed": failed}
-    yield "tests", {"rows": [row], **({} if code == 0 else {"error": row["summary"], "failed": failed})}
+    text = log.read_text(errors="replace")
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    row: dict[str, Any] = {
+        name: len(re.findall(rf" {name.upper()}\b", text)) for name in ("passed", "failed", "skipped")
+    }
+    row |= {"failures": failed, "finished": code is not None}
+    yield "tests", {"rows": [row], **({} if code == 0 else {"error": "failed" if row["finished"] else "out of time"})}
 
 
 def pool(section: str, keys: Callable[[bool], list[str]], jobs: int, patience: float, fresh: bool) -> Any:

@@ -17,28 +17,35 @@ from _common import interleave, timer_of
 from layers import OPERATIONS, TOLERANCE, Contender, NotHere, Problem, error, masked, same_flops
 
 SIZES = ((4096, 4096), (1024, 4096), (4096, 1024), (2048, 2048), (1024, 1024), (8192, 8192))  # in, out
-AXES = ((4096, 16384, 16, 1, 512), SIZES, (0.25, 0.125, 0.5, 0.0625), (64, 128, 32))  # rows, sizes, kept, block
-TINY = ((64, 1), ((128, 128),), (0.5, 0.25), (32,))
+AXES: Any = (  # rows, sizes, kept, block, against whom
+    (4096, 16384, 16, 1, 512),
+    SIZES,
+    (0.25, 0.125, 0.5, 0.0625),
+    (64, 128, 32),
+    ("ours", "peers"),
+)
+TINY: Any = ((64, 1), ((128, 128),), (0.5, 0.25), (32,), ("ours", "peers"))
 LOWRANK_SHARE = 0.25
 ROUNDS = 21
 
 
 def keys(tiny: bool) -> list[str]:
-    """All cases as `ROWS,IN,OUT,KEPT,BLOCK`, those nearest to the first first."""
-    axes: Any = TINY if tiny else AXES
+    """All cases as `ROWS,IN,OUT,KEPT,BLOCK,GROUP`, those nearest to the first first."""
+    axes = TINY if tiny else AXES
     choices = itertools.product(*map(range, map(len, axes)))
     ordered = sorted(choices, key=lambda places: (sum(map(bool, places)), sum(places)))
     cases = ([axis[place] for axis, place in zip(axes, places, strict=True)] for places in ordered)
-    return [f"{rows},{size[0]},{size[1]},{kept},{block}" for rows, size, kept, block in cases]
+    return [f"{rows},{size[0]},{size[1]},{kept},{block},{group}" for rows, size, kept, block, group in cases]
 
 
 def prepare(key: str, device: str) -> Callable[[], list[dict[str, Any]]]:
-    """Build and check all contenders of a case."""
-    rows, inputs, outputs, kept, block = (float(part) if "." in part else int(part) for part in key.split(","))
+    """Build and check the contenders of a case."""
+    *numbers, share, size, group = key.split(",")
+    rows, inputs, outputs = map(int, numbers)
+    kept, block = float(share), int(size)
     torch._dynamo.reset()  # else many shapes meet Dynamo's recompile limit
-    shape = int(rows), int(inputs), int(outputs)
-    problem = Problem.random(shape, float(kept), torch.bfloat16, int(block), LOWRANK_SHARE, device)
-    contenders, left_out = build(problem)
+    problem = Problem.random((rows, inputs, outputs), kept, torch.bfloat16, block, LOWRANK_SHARE, device)
+    contenders, left_out = build(problem, group)
     errors = {
         (operation, name): error(problem, contender, operation)
         for operation in OPERATIONS
@@ -55,23 +62,22 @@ def prepare(key: str, device: str) -> Callable[[], list[dict[str, Any]]]:
     return measure
 
 
-def build(p: Problem) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that run here, and the reasons of the others. Whatever another library does, we go on."""
+def build(p: Problem, group: str) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The contenders that run here, and why the others do not: a peer's error is no error of the case."""
     found: dict[str, Contender] = {}
     left_out: dict[str, str] = {}
-    for name, make in CONTENDERS.items():
+    for name, make in CONTENDERS[group].items():
         try:
-            found[name] = make(p)
-            if name not in OURS:  # a peer that fails is left out here; our own failure is an error
-                for run in found[name].run.values():
-                    run()
+            contender = make(p)
+            for run in contender.run.values():
+                run()
+            found[name] = contender
         except NotHere as why:
             left_out[name] = str(why)
-        except Exception as error:
-            if name in OURS:
+        except Exception as cause:
+            if group == "ours":
                 raise
-            found.pop(name, None)
-            left_out[name] = f"{type(error).__name__}: {error}"[:300]
+            left_out[name] = f"{type(cause).__name__}: {cause}"[:300]
     return found, left_out
 
 
@@ -173,11 +179,7 @@ def monarch(p: Problem) -> Contender:
     return Contender(both.weight, {"forward": torch.no_grad()(both.run["forward"])}, both.flops, notes=both.notes)
 
 
-CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
-    "cuBLAS": layers.addmm,
-    "pixelfly": layers.pixelfly,
-    "monarch": monarch,
-    "2:4": semi_structured,
-    "torch BSR": torch_bsr,
+CONTENDERS: dict[str, dict[str, Callable[[Problem], Contender]]] = {
+    "ours": {"cuBLAS": layers.addmm, "pixelfly": layers.pixelfly},
+    "peers": {"cuBLAS": layers.addmm, "monarch": monarch, "2:4": semi_structured, "torch BSR": torch_bsr},
 }
-OURS = ("cuBLAS", "pixelfly")

@@ -20,7 +20,8 @@ def tables(report: Mapping[str, Any]) -> str:
     console.print(", ".join(f"{key} {value}" for key, value in report["about"].items() if value))
     peaks = {row["ceiling"]: row["per_second"] for row in rows_of(sections, "ceilings")}
     for row in rows_of(sections, "tests"):
-        console.print("tests:", row["summary"], *row["failed"], sep="\n  ")
+        counts = ", ".join(f"{row[name]} {name}" for name in ("passed", "failed", "skipped"))
+        console.print(f"tests: {counts}{'' if row['finished'] else ', then out of time'}", *row["failures"], sep="\n  ")
     for name, rate in peaks.items():
         console.print(f"{name}: {rate / 1e12:.3g} T{'B' if name == 'bandwidth' else 'flop'}/s measured")
     console.print(_table("layers, bf16", LAYER_COLUMNS, (_layer(row, peaks) for row in rows_of(sections, "layers"))))
