@@ -76,6 +76,7 @@ def pixelfly(
     _check_basis(plan, list(planned.values()))
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
+    _mark_lasting(gm, rewritten, training=any(weight.requires_grad for weight in planned.values()))
     _trace(plan)
     announcer.sparse(plan, found, planned, whole)
     inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
@@ -147,6 +148,16 @@ def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
 def weight_positions(gm: GraphModule, names: Mapping[str, str]) -> dict[str, int]:
     """Parameter name -> position among the graph's inputs."""
     return {names[node.name]: position for position, node in enumerate(placeholders(gm)) if node.name in names}
+
+
+def _mark_lasting(gm: GraphModule, rewritten: Rewritten, training: bool) -> None:
+    """Tell CUDA graphs which compact inputs stay where they are from call to call, so that they are not copied: those
+    that are made once, and without training all of them. It is how Dynamo marks the parameters.
+    """
+    made_again = ("blocks", "u") if training and torch.is_grad_enabled() else ()
+    for node, added in zip(placeholders(gm)[len(rewritten.kept) :], rewritten.added, strict=True):
+        if added.part not in made_again:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -335,6 +335,21 @@ def test_a_model_born_in_inference_mode() -> None:
         assert_equal(run(x), oracle(model, made)(x))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_cuda_graphs_are_told_which_inputs_stay_where_they_are(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    moving: list[int] = []
+
+    def inner_compile(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward"):
+            moving.append(len(inputs) - len(set(kwargs["static_input_idxs"])))
+        return gm.forward
+
+    monkeypatch.setattr(backend, "_inner_compile", inner_compile)
+    with torch.set_grad_enabled(training), torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(Mlp(), backend="pixelfly", options=OPTIONS)(torch.randn(ROWS, WIDTH))
+    assert moving == [1 + (4 * 2 if training else 0)]  # the model's input; blocks and u of each weight
+
+
 def test_svd_basis_is_for_inference_and_says_so() -> None:
     model, x = Mlp(), some_x()
     made, run = planned(model, x, basis="svd"), compiled(model, basis="svd")

@@ -48,7 +48,7 @@ def operands(support: Support, rows: int, rank: int, dtype: torch.dtype, device:
 def layer(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, bias: Tensor, index: Tensor) -> tuple[Tensor, ...]:
     """With low rank and an epilogue, and without either."""
     linear, features = torch.ops.pixelfly.linear, u.shape[0]
-    y = F.gelu(linear(x, blocks, u, v, index, features, False)[0] + bias)
+    y = F.gelu(linear(x, blocks, u, v, index, features, False, bias)[0])
     return y, linear(x, blocks, None, None, index, features, False)[0]
 
 
@@ -66,7 +66,10 @@ def in_double(args: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor], compiled: Any = None) -> None:
-    """Outputs and gradients of the compiled function are as near to float64 as eager's; no reference runs in it."""
+    """Outputs and gradients of the compiled function are as near to float64 as eager's; no reference runs in it.
+
+    Gradients are sums over all rows, and twice as far off again where those are added up one after the other.
+    """
     lowering.register()
     called: list[int] = []
     compiled = compiled or torch.compile(function, fullgraph=True)
@@ -74,8 +77,8 @@ def check(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor], c
         ours = results(compiled, args)
     assert not called or args[0].device.type == "cpu", "the slow reference ran in compiled code"
     eager, exact = results(function, args), results(function, in_double(args))
-    for one, other, right in zip(ours, eager, exact, strict=True):
-        assert_as_good_as(one, other, right)
+    for place, (one, other, right) in enumerate(zip(ours, eager, exact, strict=True)):
+        assert_as_good_as(one, other, right, factor=2 if place < 2 else 4)
 
 
 class _counted:
