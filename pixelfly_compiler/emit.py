@@ -141,23 +141,24 @@ class _Emitter:
         found = find_sites(graph, example_inputs, names)
         positions = weight_positions(graph, names)
         configs = sparse_configs(found, self.plan)
-        inputs, served = list(example_inputs), {}
+        inputs, served, kept = list(example_inputs), {}, tuple(range(len(example_inputs)))
         if configs:
             rewritten = rewrite(graph, found.matches, configs, positions, share_basis=self.plan.basis == "fixed")
             compact = CompactInputs(rewritten.added, CompactWeights(), self.plan.basis)
-            inputs = [example_inputs[position] for position in rewritten.kept]
+            kept = rewritten.kept
+            inputs = [example_inputs[position] for position in kept]
             served = _served(rewritten.added, len(inputs), {position: name for name, position in positions.items()})
             inputs += as_leaves(compact.examples(tuple(example_inputs)))
+        served |= _served_by_compact_models(positions, kept)
         with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
             inductor(graph, inputs, {}, inner_compile=_Writer(self, served))
         return gm.forward
 
-    def write(self, gm: GraphModule, example_inputs: Sequence[Any], served: Mapping[int, str], **kwargs: Any) -> None:
-        """Code, files and facts of one graph as AOTAutograd hands it over."""
+    def write(self, gm: GraphModule, example_inputs: Sequence[Any], sites: Mapping[str, str], **kwargs: Any) -> None:
+        """Code, files and facts of one graph as AOTAutograd hands it over. `sites` of its nodes, by name."""
         from pixelfly_compiler.kernels.codegen_gpu import generate
 
         label = f"{'backward' if kwargs.get('is_backward') else 'forward'}_{len(self.wrappers)}"
-        sites = _sites_of_nodes(gm, served)
         code = generate(gm, example_inputs, self.gpu, **kwargs)
         wrapper = self.folder / f"{label}.py"
         wrapper.write_text(code.wrapper)
@@ -200,13 +201,14 @@ class _Emitter:
 
 @dataclass(frozen=True)
 class _Writer:
-    """The `inner_compile` of one Dynamo graph."""
+    """The `inner_compile` of one Dynamo graph. `saved`: what the forward tells the backward of its nodes' sites."""
 
     emitter: _Emitter
     served: Mapping[int, str]
+    saved: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        self.emitter.write(gm, example_inputs, self.served, **kwargs)
+        self.emitter.write(gm, example_inputs, _sites_of_nodes(gm, self.served, self.saved), **kwargs)
         return gm.forward
 
 
@@ -218,19 +220,47 @@ def _served(added: Sequence[CompactInput], kept: int, names: Mapping[int, str]) 
     return {kept + place: names[key.weight] for place, key in enumerate(added) if key.part == "blocks"}
 
 
-def _sites_of_nodes(gm: GraphModule, served: Mapping[int, str]) -> dict[str, str]:
-    """Node name -> site: an operator has its blocks from an input, or makes the gradient of that input."""
+def _served_by_compact_models(positions: Mapping[str, int], kept: Sequence[int]) -> dict[int, str]:
+    """The same for the weights of a compact model: their blocks are a parameter of the model's own."""
+    found: dict[int, str] = {}
+    for name, position in positions.items():
+        blocks = re.fullmatch(r"(.*?)parametrizations\.(\w+)\.original0", name)
+        if blocks and position in kept:
+            found[kept.index(position)] = blocks[1] + blocks[2]
+    return found
+
+
+def _sites_of_nodes(gm: GraphModule, served: Mapping[int, str], saved: dict[str, str]) -> dict[str, str]:
+    """Node name -> site: an operator has its blocks from an input, or makes the gradient of that input.
+
+    What a compact model computes of its blocks, the backward may take from the forward: `saved`, by the node's name.
+    """
     sites: dict[str, str] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     origins = {node: _input_of(node, place) for place, node in enumerate(placeholders)}
     inputs = {node: served[origin] for node, origin in origins.items() if origin in served}
+    inputs |= {node: saved[node.name] for node in placeholders if node.name in saved}
     gradients = _gradients(gm, served)
     for node in gm.graph.nodes:
-        if node.target is torch.ops.pixelfly.linear.default and node.args[1] in inputs:
-            sites[node.name] = inputs[node.args[1]]
+        if node.target is torch.ops.pixelfly.linear.default:
+            source = _nearest(node.args[1], inputs.__contains__)
+            if source is not None:
+                sites[node.name] = saved[node.args[1].name] = inputs[source]
         elif node.target is torch.ops.pixelfly.block_grad.default and node in gradients:
             sites[node.name] = gradients[node]
     return sites
+
+
+def _nearest(start: Node, is_wanted: Callable[[Node], bool]) -> Node | None:
+    """The node itself, or what it is computed from that is wanted, by as few operations as can be."""
+    front, seen = [start], {start}
+    while front:
+        found = next(filter(is_wanted, front), None)
+        if found is not None:
+            return found
+        front = list(dict.fromkeys(source for node in front for source in node.all_input_nodes if source not in seen))
+        seen.update(front)
+    return None
 
 
 def _input_of(node: Node, place: int) -> int:
@@ -244,10 +274,8 @@ def _gradients(gm: GraphModule, served: Mapping[int, str]) -> dict[Node, str]:
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     found: dict[Node, str] = {}
     for place, value in enumerate(output.args[0]):
-        node = value
-        while place in served and isinstance(node, Node) and node.op == "call_function":
-            if node.target is torch.ops.pixelfly.block_grad.default:
+        if place in served and isinstance(value, Node):
+            node = _nearest(value, lambda node: node.target is torch.ops.pixelfly.block_grad.default)
+            if node is not None:
                 found[node] = served[place]
-                break
-            node = next(iter(node.all_input_nodes), None)
     return found

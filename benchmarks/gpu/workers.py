@@ -79,6 +79,9 @@ class Worker:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
 
 
 @dataclass
@@ -139,9 +142,10 @@ class Pool:
 
     def _listen(self, worker: Worker) -> None:
         assert worker.process.stdout is not None
-        for line in worker.process.stdout:
-            if line.startswith(MARK):
-                self.inbox.put((worker, json.loads(line[len(MARK) :])))
+        with worker.process.stdout as lines:
+            for line in lines:
+                if line.startswith(MARK):
+                    self.inbox.put((worker, json.loads(line[len(MARK) :])))
         self.inbox.put((worker, None))
 
     def _next(self, worker: Worker) -> None:
