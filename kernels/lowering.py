@@ -58,6 +58,10 @@ def register() -> None:
     }
     for overload, lower in lowered.items():
         register_lowering(overload, type_promotion_kind=None)(lower)
+    if torch.cuda.is_available():
+        from pixelfly_compiler.kernels import lowering_gpu
+
+        lowering_gpu.dense_choice()  # code out of a compiler's cache may call it where nothing is lowered
     # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
     add_needs_realized_inputs(list(lowered))
 

@@ -177,7 +177,7 @@ def lower_linear(
     for launch in linear_launches(shape, gpu_of(device)):
         tile = {key.upper(): value for key, value in asdict(launch).items() if key not in ("warps", "stages")}
         variants.append((constants | tile | _backend_options(gpu_of(device)), launch.warps, launch.stages))
-    dense = _dense_choice().bind(
+    dense = dense_choice().bind(
         list(inputs.values()), layout, features=int(features), transposed=transposed, rank=int(rank)
     )
     out_features, in_features = (k, features) if transposed else (features, k)
@@ -228,7 +228,8 @@ def _dense_linear(x: Tensor, blocks: Tensor, *rest: Tensor, features: int, trans
 
 
 @cache
-def _dense_choice() -> ExternKernelChoice:
+def dense_choice() -> ExternKernelChoice:
+    """Registers the dense product under the name by which generated code calls it, once."""
     return ExternKernelChoice(_dense_linear, name="pixelfly_dense_linear", has_out_variant=False)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from numerics import assert_as_good_as, error, to_double
 from torch import Tensor, nn
 
 import pixelfly_compiler as pf
-from pixelfly_compiler.kernels import lowering, ops
+from pixelfly_compiler.kernels import lowering, ops, reference
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -71,39 +72,27 @@ def check(function: Callable[..., tuple[Tensor, ...]], args: Sequence[Tensor], c
     Gradients are sums over all rows, and twice as far off again where those are added up one after the other.
     """
     lowering.register()
-    called: list[int] = []
     compiled = compiled or torch.compile(function, fullgraph=True)
-    with _counted(called):
+    with counted() as called:
         ours = results(compiled, args)
-    assert not called or args[0].device.type == "cpu", "the slow reference ran in compiled code"
+    assert not called or args[0].device.type == "cpu", f"compiled code ran the slow reference of {called}"
     eager, exact = results(function, args), results(function, in_double(args))
     for place, (one, other, right) in enumerate(zip(ours, eager, exact, strict=True)):
         assert_as_good_as(one, other, right, factor=2 if place < 2 else 4)
 
 
-class _counted:
-    """In the block, the list gets an entry for every call of an operator's reference."""
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """The list gets the name of every operator whose reference runs in the block."""
+    called: list[str] = []
 
-    def __init__(self, called: list[int]) -> None:
-        self.called, self.patches = called, pytest.MonkeyPatch()
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: called.append(name) or original(*args)
 
-    def __enter__(self) -> None:
-        from pixelfly_compiler.kernels import reference
-
+    with pytest.MonkeyPatch.context() as patches:
         for name in ("linear", "block_grad"):
-            original = getattr(reference, name)
-            self.patches.setattr(reference, name, self._counting(original))
-
-    def _counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            if not any(isinstance(arg, torch._subclasses.FakeTensor) for arg in args):
-                self.called.append(1)
-            return original(*args)
-
-        return run
-
-    def __exit__(self, *_: Any) -> None:
-        self.patches.undo()
+            patches.setattr(reference, name, counting(name, getattr(reference, name)))
+        yield called
 
 
 @pytest.mark.parametrize("rows", [5, 1100])

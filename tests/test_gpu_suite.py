@@ -39,7 +39,7 @@ work(prepare, lambda: True)
 
 def run(keys: list[str], log: Path, **options: Any) -> dict[str, dict[str, Any]]:
     given: dict[str, Any] = {"jobs": 3, "deadline": time.monotonic() + 60, "patience": 10.0, **options}
-    return dict(Pool([sys.executable, "-c", WORKER], keys, log=log, **given).run())
+    return dict(Pool([sys.executable, "-c", WORKER], keys, log=log, caches=log.parent, **given).run())
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def tests(suite: Suite, deadline: float) -> Iterator[Answer]:
     if suite.args.scale == "tiny":
         command += ["-k", "repeat or noticed"]
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **checkout()}, stdout=file, stderr=subprocess.STDOUT
+        )
         try:
             code: int | None = process.wait(max(deadline - time.monotonic(), 1))
         except subprocess.TimeoutExpired:
@@ -111,16 +114,23 @@ def tests(suite: Suite, deadline: float) -> Iterator[Answer]:
     yield "tests", {"rows": [row], **({} if code == 0 else {"error": "failed" if row["finished"] else "out of time"})}
 
 
+def checkout() -> dict[str, str]:
+    """The environment in which this checkout is imported, also if it is not installed."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def pool(section: str, keys: Callable[[bool], list[str]], jobs: int, patience: float, fresh: bool) -> Any:
     def run(suite: Suite, deadline: float) -> Iterator[Answer]:
         args = suite.args
         command = [sys.executable, "-m", "benchmarks.gpu", "--worker", section]
         command += ["--device", args.device, "--scale", args.scale]
-        with tempfile.TemporaryDirectory(prefix="pixelfly-gpu-", ignore_cleanup_errors=True) as cache:
-            environment = {"TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+        with tempfile.TemporaryDirectory(prefix="pixelfly-gpu-", ignore_cleanup_errors=True) as folder:
+            environment = {**checkout(), "TORCHINDUCTOR_COMPILE_THREADS": "4"}
             chosen = [key for key in keys(args.scale == "tiny") if args.keys in key]
             log = args.out / f"gpu-{section}.log"
-            work = Pool(command, chosen, min(jobs, args.jobs), deadline, patience, log, fresh, environment)
+            work = Pool(
+                command, chosen, min(jobs, args.jobs), deadline, patience, log, Path(folder), fresh, environment
+            )
             yield from work.run()
 
     return run

@@ -88,7 +88,8 @@ class Worker:
 class Pool:
     """Runs all keys, in this order, with `jobs` workers; nothing goes on after `deadline`, a `time.monotonic`.
 
-    `patience`: seconds that a worker may take to prepare or to measure. `fresh`: a new process for every key.
+    `patience`: seconds that a worker may take to prepare or to measure. `fresh`: a new process for every key. Each
+    process has its own compile cache, in `caches`: a worker that is stopped may hold a cache's lock.
     """
 
     command: Sequence[str]
@@ -97,12 +98,14 @@ class Pool:
     deadline: float
     patience: float
     log: Path
+    caches: Path
     fresh: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.left = list(self.keys)
         self.workers: list[Worker] = []
+        self.started = 0
         self.measuring: Worker | None = None
         self.inbox: queue.Queue[tuple[Worker, dict[str, Any] | None]] = queue.Queue()
 
@@ -125,6 +128,8 @@ class Pool:
                 worker.kill()
 
     def _start(self) -> None:
+        self.started += 1
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.caches / str(self.started))}
         with self.log.open("a") as log:
             process = subprocess.Popen(
                 self.command,
@@ -133,7 +138,7 @@ class Pool:
                 stderr=log,
                 text=True,
                 start_new_session=True,
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **cache},
             )
         worker = Worker(process)
         self.workers.append(worker)
