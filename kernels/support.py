@@ -12,6 +12,8 @@ kept blocks differ by at most one), and so are the block columns:
   of offsets is a Cayley graph of that group, which is balanced for any list.
 - *Order of strides.* One list of all n offsets: first 0, then those that change one digit (lowest place first), then
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
+  The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
+  and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
 - *Rectangles whose long side is no multiple of the short one.* The blocks left over after stretching walk around the
   short side in a cycle; see `_surplus_links`.
 - *Tails.* The last block row and column may reach over the edge of the weight; what lies outside counts as masked.

@@ -138,6 +138,14 @@ def test_a_multiple_stretches_the_papers_pattern(stretch: int) -> None:
     assert wide == {(i, j * stretch + k) for i, j in square for k in range(stretch)}
 
 
+@pytest.mark.parametrize(("out_features", "in_features"), [(384, 384), (1536, 384), (384, 1152)])
+def test_one_stride_is_the_diagonal_of_blocks_twice_the_size(out_features: int, in_features: int) -> None:
+    diagonal = mask(flat_butterfly(out_features, in_features, 64, 0))
+    assert (mask(flat_butterfly(out_features, in_features, 32, 1)) == diagonal).all()
+    other = mask(flat_butterfly(out_features, in_features, 16, 3))
+    assert other.sum() == diagonal.sum() and (other != diagonal).any()
+
+
 def test_mixed_radix_changes_one_digit_at_a_time() -> None:
     n, radices = 24, (2, 2, 2, 3)
 
