@@ -25,12 +25,14 @@ from pixelfly_compiler.passes.forms import Step
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
 from pixelfly_compiler.passes.weights import Region, value_of
 
+PARTS = ("blocks", "u", "v", "index")
+
 
 @dataclass(frozen=True)
 class CompactInput:
-    """One input that the rewritten graph takes instead of a weight: `part` of the weight at position `weight`.
+    """One input that the rewritten graph takes instead of a weight: one of `PARTS` of the weight at position `weight`.
 
-    The parts are blocks, u, v and index. `transposed`: the weight is stored (in, out), in `region` of the parameter.
+    `transposed`: the weight is stored (in, out), in `region` of the parameter.
     """
 
     part: str
