@@ -4,16 +4,15 @@
     python benchmarks/never_slower.py --quick               # under three minutes, on a quiet machine
     python benchmarks/never_slower.py                       # all sizes
 
-For each layer the plan decides as it does for users, once per number of rows. Every distinct decision is compiled once, by
-`torch.compile(layer, backend="pixelfly")`, for any number of rows, and runs at all of them beside `torch.compile(layer)`,
-since a weight has one decision for all of its life. A row of the table is `own` where that number of rows makes that decision.
-Operands stay in the caches where they fit. That favours dense, which has more to read.
+For each layer the plan decides as it does for users, for each number of rows. Every distinct decision is compiled once,
+by `torch.compile(layer, backend="pixelfly")`, and runs at all numbers of rows beside `torch.compile(layer)`, since a
+weight has one decision for all of its life. `own` marks the numbers of rows that make this decision. Operands stay in
+the caches where they fit. That favours dense, which has more to read.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import itertools
 import time
@@ -109,7 +108,7 @@ def onednn(module: nn.Linear, x: Tensor) -> Run:
 
 
 def check(layer: Layer, plan: Plan, run: Run, x: Tensor) -> float:
-    """Relative error of a call against the oracle in float64, of inference for the last rows; raises where it is too large."""
+    """Relative error against the oracle in float64, of inference for the last rows; an error where it is too large."""
     oracle = project_(layer.module(), plan).double()
     if layer.training:
         y, x_grad, weight_grad = step(oracle, oracle.weight, x.detach().double().requires_grad_())()
@@ -185,7 +184,18 @@ def predicted(layer: Layer, rows: int, plan: Plan) -> float:
 
 # -------------------------------------------------------------------------------------------------------------- report
 
-COLUMNS = ("in -> out", "dtype", "rows", "own", "speed-up", "middle half", "predicted", "us", "dense us", "oneDNN us", "how")
+RUNS = ("pixelfly", "dense", "onednn")
+COLUMNS = (
+    "in -> out",
+    "dtype",
+    "rows",
+    "own",
+    "speed-up",
+    "middle half",
+    "predicted",
+    *(f"{run} us" for run in RUNS),
+    "how",
+)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -198,7 +208,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
         f"{row['speedup']:.2f}x",
         f"{low:.2f}-{high:.2f}",
         f"{row['predicted']:.2f}x",
-        *(f"{row[f'{name}_seconds'] * 1e6:.1f}" if f"{name}_seconds" in row else "" for name in ("pixelfly", "dense", "onednn")),
+        *(f"{row[key] * 1e6:.1f}" if (key := f"{run}_seconds") in row else "" for run in RUNS),
         row["decision"],
     ]
 
@@ -213,8 +223,8 @@ def report(rows: Sequence[Mapping[str, Any]], dense: int, worst: int) -> None:
     print(f"left dense by the plan: {dense}")
     errors = sorted(row["predicted"] / row["speedup"] for row in rows)
     if errors:
-        middle, tenth = len(errors) // 2, len(errors) // 10
-        print(f"predicted over measured speed-up: median {errors[middle]:.2f}, 80% in {errors[tenth]:.2f}-{errors[-1 - tenth]:.2f}")
+        low, middle, high = (errors[int(share * (len(errors) - 1))] for share in (0.1, 0.5, 0.9))
+        print(f"predicted over measured speed-up: median {middle:.2f}, 80% within {low:.2f} and {high:.2f}")
 
 
 def shape(text: str) -> tuple[int, int]:
