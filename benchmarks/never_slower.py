@@ -98,7 +98,8 @@ def step(module: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor) -> Run:
     def run() -> tuple[Tensor, Tensor, Tensor]:
         torch.autograd.graph.increment_version(weight)
         y = module(x)
-        return y, *torch.autograd.grad(y, (x, weight), gradient)
+        x_grad, weight_grad = torch.autograd.grad(y, (x, weight), gradient)
+        return y, x_grad, weight_grad
 
     return run
 
@@ -109,7 +110,9 @@ def onednn(module: nn.Linear, x: Tensor) -> Run:
 
 def check(layer: Layer, plan: Plan, run: Run, x: Tensor) -> float:
     """Relative error against the oracle in float64, of inference for the last rows; an error where it is too large."""
-    oracle = project_(layer.module(), plan).double()
+    oracle = layer.module()
+    project_(oracle, plan)
+    oracle.double()
     if layer.training:
         y, x_grad, weight_grad = step(oracle, oracle.weight, x.detach().double().requires_grad_())()
         pairs = zip(run(), (y, x_grad, project(weight_grad, plan["weight"])), strict=True)
@@ -139,7 +142,8 @@ def measure(layer: Layer, made: Mapping[int, Plan], args: argparse.Namespace) ->
     for plan in {decision(plan): plan for plan in made.values() if plan.sparse}.values():
         torch._dynamo.reset()
         dense, sparse = layer.module(), layer.module()
-        compiled = torch.compile(sparse, backend="pixelfly", options={"plan": plan}), torch.compile(dense)
+        options: dict[str, Any] = {"plan": plan}
+        compiled = torch.compile(sparse, backend="pixelfly", options=options), torch.compile(dense)
         for rows in list(made)[: 2 if args.prepare else None]:  # one row, and any other number: two pieces of code
             if layer.flops(rows) > MOST_FLOPS:
                 continue

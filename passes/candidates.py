@@ -27,6 +27,7 @@ HARDWARE_BLOCK = 16
 LOWRANK_SHARE = (1 / 4, 1 / 3)
 WIDER_SHARE = (1 / 6, 1 / 2)
 TOO_SMALL_SHARE = 0.6
+MARGIN = 1.1  # a site becomes sparse if it is predicted so many times faster: predictions err
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def candidates(
 
     The prediction is for the forward pass, in training too: a model must not change its meaning between the two.
     """
-    limit = float("inf") if force else dense_time(site, device)
+    limit = float("inf") if force else dense_time(site, device) / MARGIN
     found = []
     for place, block in enumerate(blocks):
         for strides in _strides_tried(site, block, most_strides):

@@ -66,12 +66,16 @@ def emit(source: str, **options: Any) -> None:
 @main.command()
 def calibrate() -> None:
     """Measure this machine's CPU for the time model, and keep the result for later runs."""
-    from pixelfly_compiler.passes.cost import calibrate as measure
+    from pixelfly_compiler.passes.calibration import calibrate as measure
+    from pixelfly_compiler.passes.cost import DENSE_ROWS, DENSE_WIDTHS
 
     device = measure(again=True)
     click.echo(device.name)
-    for name, rate in device.dense_rate.items():
-        click.echo(f"  {name}: dense {rate / 1e9:.0f} GFLOP/s, oneDNN {device.peak_rate[name] / 1e9:.0f} GFLOP/s")
+    for name, grid in device.dense.items():
+        click.echo(f"  {name}: sparse kernels up to {device.rate[name] / 1e9:.0f} GFLOP/s; dense, by rows and width:")
+        click.echo("          " + "".join(f"{width:>12}" for width in DENSE_WIDTHS))
+        for rows, line in zip(DENSE_ROWS, grid, strict=True):
+            click.echo(f"    {rows:>6}" + "".join(f"{seconds * 1e6:>10.0f}us" for seconds in line))
     click.echo(f"  memory: {device.bandwidth / 1e9:.0f} GB/s")
 
 

@@ -18,7 +18,8 @@ from pixelfly_compiler.kernels.support import kept_elements
 from pixelfly_compiler.oracle import project, project_
 from pixelfly_compiler.passes import candidates as ways
 from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, allocate
-from pixelfly_compiler.passes.cost import Device, dense_time, device_for, sparse_time
+from pixelfly_compiler.passes.calibration import device_for
+from pixelfly_compiler.passes.cost import Device, dense_time, sparse_time
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig, Skipped
 
 __all__ = ["Entry", "Plan", "make_plan", "plan", "project", "project_"]

@@ -1,4 +1,4 @@
-"""The benchmark of quality runs from end to end at a tiny size, where nothing is recorded; how it searches rates."""
+"""Benchmarks run from end to end at a tiny size, where nothing is recorded; how that of quality searches rates."""
 
 from __future__ import annotations
 
@@ -38,3 +38,15 @@ def test_learning_rates_are_searched_downhill(monkeypatch: pytest.MonkeyPatch) -
         assert lowest(lambda rate: abs(rate - best), range(6)) == best  # noqa: B023
     assert lowest(lambda rate: math.inf if rate > 2 else -rate, range(6)) == 2  # what diverges is never the best
     assert lowest(lambda rate: rate, [3]) == 3
+
+
+def test_never_slower(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("never_slower")
+    recorded: list[object] = []
+    monkeypatch.setattr(benchmark, "append_rows", lambda name, rows: recorded.extend(rows))
+    rows = benchmark.main(["--force", "--shapes", "64,96", "--rows", "2", "40", "--dtypes", "fp32", "--rounds", "1"])
+    assert rows == recorded
+    assert [(row["rows"], row["own"]) for row in rows] == [(2, True), (40, True)]
+    assert all(row["error"] < 1e-5 and row["speedup"] > 0 and row["predicted"] > 0 for row in rows)
+    assert "the 20 worst" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pixelfly_compiler as pf
 from pixelfly_compiler import backend
-from pixelfly_compiler.passes import cost
+from pixelfly_compiler.passes import calibration
 
 WIDTH, RANKS, STEPS = 128, 2, 3
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True, "block_size": 32}
@@ -114,7 +114,7 @@ def rank_main(rank: int, folder: Path) -> None:
             results["one element"] = changed_element(model, call)
         if scenario == "compact-fsdp-eager":
             results["full state"] = error_of_full_state(model, call)
-    results["device"] = asdict(cost._agreed(replace(cost.calibrate(), bandwidth=1e9 * (1 + rank))))
+    results["device"] = asdict(calibration._agreed(replace(calibration.calibrate(), bandwidth=1e9 * (1 + rank))))
     (folder / f"rank{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -19,7 +19,7 @@ from pixelfly_compiler.cli import main
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, PlanError, PlanMismatchError, UnknownSiteError
-from pixelfly_compiler.passes import cost
+from pixelfly_compiler.passes import calibration, cost
 from pixelfly_compiler.passes.candidates import candidates, relative_errors
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
 from pixelfly_compiler.plan import make_plan, plan, project, project_
@@ -207,20 +207,44 @@ def test_fewer_flops_are_predicted_faster_until_overhead_rules() -> None:
     assert cost.sparse_time(tiny, SiteConfig(16, 0, 0), DEVICE) == pytest.approx(DEVICE.overhead, rel=0.1)
 
 
+def test_what_costs_more_than_it_saves_stays_dense() -> None:
+    """Kernels beat dense in flops everywhere here; for a handful of rows of a small weight the call costs more."""
+    small = [candidates(site(128, 128, rows=rows), (64, 32, 16), DEVICE, budget=0.25) for rows in (1, 4096)]
+    assert not small[0]
+    assert small[1]
+
+
+def test_dense_time_meets_its_grid_and_grows_beyond_it() -> None:
+    grid = DEVICE.dense["bfloat16"]
+    for row, rows in enumerate(cost.DENSE_ROWS):
+        for column, width in enumerate(cost.DENSE_WIDTHS):
+            one = site(width, width, rows=rows, dtype="bfloat16")
+            assert cost.dense_time(one, DEVICE) == pytest.approx(grid[row][column])
+    wide, wider = site(8192, 32768, rows=100), site(32768, 131072, rows=100)
+    assert cost.dense_time(wider, DEVICE) == pytest.approx(16 * cost.dense_time(wide, DEVICE))
+
+
+def test_bf16_kernels_are_not_taken_to_be_as_fast_as_matrix_units() -> None:
+    rates = calibration._kernel_rates(1e12)
+    assert rates["float16"] == 1e12
+    assert rates["bfloat16"] <= 2e12
+
+
 def test_calibration_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cost._calibrated.cache_clear()
-    first = cost.calibrate()
-    assert all(rate > 1e8 for rate in (*first.dense_rate.values(), *first.peak_rate.values(), first.bandwidth))
+    calibration._calibrated.cache_clear()
+    first = calibration.calibrate()
+    assert all(rate > 1e8 for rate in (*first.rate.values(), first.bandwidth))
+    assert all(0 < seconds < 1e5 for grid in first.dense.values() for line in grid for seconds in line)
     (saved,) = (tmp_path / "pixelfly").iterdir()
-    cost._calibrated.cache_clear()
-    monkeypatch.setattr(cost, "measure", lambda: pytest.fail("measured again"))
-    assert cost.calibrate() == first
+    calibration._calibrated.cache_clear()
+    monkeypatch.setattr(calibration, "measure", lambda: pytest.fail("measured again"))
+    assert calibration.calibrate() == first
     saved.write_text("{}")
-    cost._calibrated.cache_clear()
-    monkeypatch.setattr(cost, "measure", cost.Device)
-    assert cost.calibrate() == cost.Device()  # a damaged file is no error
-    cost._calibrated.cache_clear()
+    calibration._calibrated.cache_clear()
+    monkeypatch.setattr(calibration, "measure", cost.Device)
+    assert calibration.calibrate() == cost.Device()  # a damaged file is no error
+    calibration._calibrated.cache_clear()
 
 
 def test_expected_error_is_near_the_real_one() -> None:
