@@ -204,6 +204,8 @@ def test_the_one_line_is_the_model_with_projected_weights(
     assert_as_good_as(y.detach(), eager.detach(), exact.detach(), factor=8)
     eager.square().mean().backward()
     for key, parameter in model.named_parameters():
+        if any(entry.name.startswith(f"{key}[") for entry in plan.entries):
+            continue  # several weights in one parameter
         expected = oracle.get_parameter(key).grad
         assert parameter.grad is not None and expected is not None
         expected = pf.project(expected, plan[key]) if key in plan and plan[key].config else expected
