@@ -1,8 +1,10 @@
 """Whole models: training step and inference, the one line and the compact model against `torch.compile`.
 
     python benchmarks/models.py                                        # everything; an hour
-    python benchmarks/models.py --models gpt2 --dtypes bf16 --modes train --density-1
+    python benchmarks/models.py --models gpt2 --dtypes bf16 --modes train --contenders torch.compile pixelfly
     python benchmarks/models.py --scale tiny                           # does it run?
+
+Contenders: `density-1` is our own kernels with every block kept, `compact` the compact model.
 
 Modes: `train` is forward, backward and AdamW; `batch` is inference on the training batch (GPT-2: prefill, 2048 rows);
 `single` is inference on one token or one image (GPT-2: the matmuls of a decode step, 1 row). Contenders have the same
@@ -43,7 +45,7 @@ from _common import (
 from torch import Tensor, nn
 
 MODES = ("train", "batch", "single")
-DENSE, SPARSE, DENSITY_1, COMPACT = "torch.compile", "pixelfly", "pixelfly density 1", "pixelfly compact"
+CONTENDERS = DENSE, SPARSE, DENSITY_1, COMPACT = "torch.compile", "pixelfly", "density-1", "compact"
 MAX_SECONDS = 120.0  # per case
 FP32_TOLERANCE = 1e-3  # relative, outputs and gradients, between two fp32 computations
 CHILD_STEPS = 3
@@ -406,11 +408,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of all contenders")
     flags.add_argument("--rounds", type=int, default=7)
     flags.add_argument("--scale", choices=("full", "tiny"), default="full")
-    flags.add_argument("--density-1", action="store_true", help="also our own kernels with every block kept")
-    flags.add_argument("--dense-only", action="store_true", help="only torch.compile")
+    flags.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="compact: training only")
     flags.add_argument("--no-check", action="store_true", help="skip the check against the oracle")
     flags.add_argument("--no-children", action="store_true", help="skip memory and compile times")
-    flags.add_argument("--child", choices=(DENSE, SPARSE, DENSITY_1, COMPACT), help=argparse.SUPPRESS)
+    flags.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     return flags.parse_args(argv)
 
 
@@ -423,11 +424,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if args.child:
         print(json.dumps(child(cases[0], args.child)))
         return []
-    names = [DENSE] if args.dense_only else [DENSE, SPARSE, *([DENSITY_1] if args.density_1 else [])]
     results = []
     for case in cases:
-        contenders = [*names, *([COMPACT] if case.mode == "train" and not args.dense_only else [])]
-        rows = measure(case, contenders, args)
+        rows = measure(case, [name for name in args.contenders if name != COMPACT or case.mode == "train"], args)
         title = f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}, {case.attention}"
         print_table(title, COLUMNS, map(cells, rows))
         for row in rows:

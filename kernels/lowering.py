@@ -17,6 +17,8 @@ import torch
 # Before any template: Inductor's own import order, another one is circular.
 from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, register_lowering
 
+from pixelfly_compiler.kernels import attention, ops  # noqa: F401 - register torch.ops.pixelfly
+
 from torch._inductor.lowering import lowerings as L  # isort: skip
 
 
@@ -45,33 +47,57 @@ def _lower_block_grad(a: Any, *args: Any) -> Any:
     return lowered or _fallback(torch.ops.pixelfly.block_grad.default)(a, *args)
 
 
+def _lower_attention(q: Any, *args: Any) -> Any:
+    module = _attention_module(q.get_device())
+    lowered = module.lower_attention(q, *args) if module else None
+    return lowered or _fallback(torch.ops.pixelfly.attention.default)(q, *args)
+
+
+def _lower_attention_backward(g: Any, *args: Any) -> Any:
+    module = _attention_module(g.get_device())
+    lowered = module.lower_attention_backward(g, *args) if module else None
+    return lowered or _fallback(torch.ops.pixelfly.attention_backward.default)(g, *args)
+
+
+def _attention_module(device: torch.device) -> ModuleType | None:
+    if device.type != "cpu":
+        return None
+    from pixelfly_compiler.kernels import lowering_cpu_attention
+
+    return lowering_cpu_attention
+
+
 def _fallback(op: Any) -> Callable[..., Any]:
     return fallback_handler(op, add_to_fallback_set=False)
+
+
+def _lowered() -> dict[Any, Callable[..., Any]]:
+    return {
+        torch.ops.pixelfly.linear.default: _lower_linear,
+        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
+        torch.ops.pixelfly.attention.default: _lower_attention,
+        torch.ops.pixelfly.attention_backward.default: _lower_attention_backward,
+    }
 
 
 @functools.cache
 def register() -> None:
     """Register the lowerings with Inductor; once per process."""
-    lowered = {
-        torch.ops.pixelfly.linear.default: _lower_linear,
-        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
-    }
-    for overload, lower in lowered.items():
+    for overload, lower in _lowered().items():
         register_lowering(overload, type_promotion_kind=None)(lower)
     if torch.cuda.is_available():
         from pixelfly_compiler.kernels import lowering_gpu
 
         lowering_gpu.dense_choice()  # code out of a compiler's cache may call it where nothing is lowered
     # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
-    add_needs_realized_inputs(list(lowered))
+    add_needs_realized_inputs(list(_lowered()))
 
 
 @contextmanager
 def references_only() -> Iterator[None]:
     """Meanwhile Inductor calls the operators' references: for a graph in which a template failed."""
-    operators: tuple[Any, ...] = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.block_grad.default)
-    before = {operator: L[operator] for operator in operators}
-    L.update({operator: _fallback(operator) for operator in operators})
+    before = {operator: L[operator] for operator in _lowered()}
+    L.update({operator: _fallback(operator) for operator in _lowered()})
     try:
         yield
     finally:

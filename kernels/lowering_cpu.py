@@ -159,7 +159,7 @@ class _TemplateBuffer(ir.CppTemplateBuffer):
         return [self, *self.mutation_outputs]
 
 
-def _call(
+def call(
     name: str, inputs: dict[str, Any], size: list[Any], params: dict[str, Any], written: Iterable[str] = ()
 ) -> TensorBox:
     """The output of template `name` as a 2d contiguous buffer of the first input's dtype and device.
@@ -172,16 +172,16 @@ def _call(
     return TensorBox.create(_TemplateBuffer(template, [template.named[key] for key in written]))
 
 
-def _empty(like: TensorBox, size: list[Any]) -> TensorBox:
+def empty(like: TensorBox, size: list[Any], dtype: torch.dtype | None = None) -> TensorBox:
     """A buffer for a template to write to."""
     empty: TensorBox = L[torch.ops.aten.empty.memory_format](
-        size, dtype=like.get_dtype(), device=like.get_device(), layout=torch.strided
+        size, dtype=dtype or like.get_dtype(), device=like.get_device(), layout=torch.strided
     )
     empty.realize()
     return empty
 
 
-def _is_read(output: int) -> bool:
+def is_read(output: int) -> bool:
     """Is this output of the operator that is being lowered used at all?"""
     node = V.graph.current_node
     return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)
@@ -209,8 +209,8 @@ def lower_linear(
     inputs = {"X": x, "BLOCKS": contiguous(blocks)}
     if rank:
         inputs |= {"U": contiguous(u), "V": contiguous(v)}
-    t = _empty(x, [rows, rank])
-    stores_t = rank > 0 and _is_read(1)
+    t = empty(x, [rows, rank])
+    stores_t = rank > 0 and is_read(1)
     if stores_t:
         inputs["T"] = t
     if bias is not None:
@@ -219,7 +219,7 @@ def lower_linear(
         inputs["INDEX"] = contiguous(index)
     params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
     params |= {"stores_t": stores_t, "has_bias": bias is not None}
-    y = _call("linear", inputs, [rows, features], params, ["T"] if stores_t else [])
+    y = call("linear", inputs, [rows, features], params, ["T"] if stores_t else [])
     view = L[torch.ops.aten.view]
     return view(y, [*lead, features]), view(t, [*lead, rank])
 
@@ -272,8 +272,8 @@ def lower_block_grad(
     if nnz == 0:
         return None
     inputs = {"A": row_major(a), "X": row_major(x)} | ({} if index is None else {"INDEX": contiguous(index)})
-    gu = _empty(a, [out_features, rank])
-    rank = rank if _is_read(1) else 0
+    gu = empty(a, [out_features, rank])
+    rank = rank if is_read(1) else 0
     if rank:
         inputs |= {"T": contiguous(t), "GU": gu}
     params = {
@@ -289,5 +289,5 @@ def lower_block_grad(
         "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
         "chunk": min(8, nnz),
     }
-    flat = _call("block_grad", inputs, [nnz * b_out, b_in], params, ["GU"] if rank else [])
+    flat = call("block_grad", inputs, [nnz * b_out, b_in], params, ["GU"] if rank else [])
     return L[torch.ops.aten.view](flat, [nnz, b_out, b_in]), gu

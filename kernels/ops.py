@@ -242,7 +242,7 @@ _densify.register_autograd(_densify_backward, setup_context=_densify_setup)
 # ----------------------------------------------------------------------------------------------------------- autocast
 
 
-def _register_autocast(name: str, device_type: str, low_precision: bool) -> None:
+def register_autocast(name: str, device_type: str, low_precision: bool) -> None:
     """Under autocast the operator runs in the autocast dtype, as F.linear does, or else in its inputs' dtype."""
     op: Callable[..., Any] = getattr(torch.ops.pixelfly, name).default
     key = f"Autocast{device_type.upper()}"
@@ -261,5 +261,5 @@ def _register_autocast(name: str, device_type: str, low_precision: bool) -> None
 
 _autocast = torch.library.Library("pixelfly", "IMPL")
 for _device_type in ("cpu", "cuda"):
-    _register_autocast("linear", _device_type, low_precision=True)
-    _register_autocast("densify", _device_type, low_precision=False)
+    register_autocast("linear", _device_type, low_precision=True)
+    register_autocast("densify", _device_type, low_precision=False)

@@ -69,7 +69,7 @@ def densify(
     blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
     """See `ops.densify`."""
-    dtype = _compute_dtype(blocks.dtype)
+    dtype = compute_dtype(blocks.dtype)
     weight = scatter(blocks.to(dtype), index, out_features, in_features)
     if u is not None and v is not None:
         weight = torch.addmm(weight, u.to(dtype), v.to(dtype).mT)
@@ -87,7 +87,7 @@ def linear(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `ops.linear`."""
-    dtype = _compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     wide = x.to(dtype)
     out_features, in_features = (x.shape[-1], features) if transposed else (features, x.shape[-1])
     weight = scatter(blocks.to(dtype), index, out_features, in_features)
@@ -104,7 +104,7 @@ def block_grad(
     a: Tensor, x: Tensor, t: Tensor | None, index: Tensor | None, b_out: int, b_in: int
 ) -> tuple[Tensor, Tensor]:
     """See `ops.block_grad`."""
-    dtype = _compute_dtype(x.dtype)
+    dtype = compute_dtype(x.dtype)
     shape = SupportIndex.shape_of(index, a.shape[1], x.shape[1], b_out, b_in)
     row, col = (i.to(x.device) for i in SupportIndex.coordinates(index, a.shape[1], x.shape[1], b_out, b_in))
     wide = a.to(dtype).mT
@@ -115,5 +115,52 @@ def block_grad(
     return tiles[row, col].to(x.dtype), gu
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `attention.attention`."""
+    scores = _scores(q, k, mask, causal, scale)
+    lse = torch.logsumexp(scores, -1)
+    o = _softmax(scores, lse) @ v.to(scores.dtype)
+    return o.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def attention_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `attention.attention_backward`."""
+    dtype = compute_dtype(q.dtype)
+    g = g.to(dtype)
+    weights = _softmax(_scores(q, k, mask, causal, scale), lse)
+    towards_weights = g @ v.to(dtype).mT - (g * o.to(dtype)).sum(-1, keepdim=True)
+    towards_scores = scale * weights * towards_weights
+    grads = (towards_scores @ k.to(dtype), towards_scores.mT @ q.to(dtype), weights.mT @ g)
+    gq, gk, gv = (grad.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for grad in grads)
+    return gq, gk, gv
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    dtype = compute_dtype(q.dtype)
+    scores = scale * q.to(dtype) @ k.to(dtype).mT
+    if causal:
+        scores = scores.masked_fill(~torch.ones_like(scores[0, 0], dtype=torch.bool).tril(), -math.inf)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
+
+
+def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), and zero in the rows in which nothing takes part."""
+    return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

@@ -30,6 +30,7 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, raised_as_they_are
 from pixelfly_compiler.kernels.gpus import why_no_kernels
+from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
@@ -59,6 +60,7 @@ def pixelfly(
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
     gm = open_composites(own_copy(gm))
+    replace_attention(gm)
     folded = fold_densify(gm, _has_kernels)
     names = parameter_names(gm, example_inputs)
     found = _dense_without_kernels(find_sites(gm, example_inputs, names))
