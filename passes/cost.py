@@ -108,6 +108,7 @@ class Device:
     bandwidth: float = 60e9
     packing: float = 42e-12  # seconds per byte of compact weight, which is put into another order for more rows
     overhead: float = 6e-6  # of a call: looking up the compact weight, checks of its tensors, waking threads
+    projection: float = 1.2e-9  # seconds per element of a dense weight: P and its adjoint, in a step of training
     lowrank_overhead: float = 0.0  # of the product with v, where it is a kernel that has to be launched
     blocks: tuple[int, ...] = (64, 32, 16)  # block sizes in order of preference
 
@@ -131,6 +132,7 @@ def gpu_device(gpu: Gpu) -> Device:
         bandwidth=bandwidth,
         packing=0.0,
         overhead=3e-6,
+        projection=0.0,
         lowrank_overhead=3e-6,
         blocks=(128, 64, 32),
     )
@@ -167,6 +169,9 @@ def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool =
     forward += device.lowrank_overhead if config.rank else 0.0
     if not training:
         return forward
-    projection = evaluate(PROJECTION_FLOPS, site, config) / thin_rate
-    memory = evaluate(PROJECTION_BYTES, site, config) / device.bandwidth
-    return 3 * forward + max(projection, memory) + device.overhead
+    projection = max(
+        evaluate(PROJECTION_FLOPS, site, config) / thin_rate,
+        evaluate(PROJECTION_BYTES, site, config) / device.bandwidth,
+        site.elements * device.projection,
+    )
+    return 3 * forward + projection + device.overhead

@@ -224,6 +224,16 @@ def test_dense_time_meets_its_grid_and_grows_beyond_it() -> None:
     assert cost.dense_time(wider, DEVICE) == pytest.approx(16 * cost.dense_time(wide, DEVICE))
 
 
+def test_projecting_in_every_step_pays_only_with_many_rows() -> None:
+    speedups = []
+    for rows in (16, 64, 1024, 4096):
+        one = site(3072, 768, rows=rows, dtype="bfloat16")
+        sparse = cost.sparse_time(one, SiteConfig(64, 1, 48), DEVICE, training=True)
+        speedups.append(cost.dense_time(one, DEVICE, training=True) / sparse)
+    assert speedups == sorted(speedups)
+    assert speedups[0] < 1 < speedups[2]
+
+
 def test_bf16_kernels_are_not_taken_to_be_as_fast_as_matrix_units() -> None:
     rates = calibration._kernel_rates(1e12)
     assert rates["float16"] == 1e12
