@@ -30,7 +30,12 @@ from pixelfly_compiler.kernels.support import Support
 
 @functools.lru_cache(maxsize=1024)
 def _support_index(support: Support, device: torch.device) -> Tensor:
-    return SupportIndex.pack(support).to(device)
+    from torch._dynamo import mark_static
+
+    index = SupportIndex.pack(support).to(device)
+    # A constant: else Dynamo, once it has seen a support of another size, makes the number of blocks symbolic.
+    mark_static(index)
+    return index
 
 
 def support_index(support: Support, device: torch.device | str = "cpu") -> Tensor:

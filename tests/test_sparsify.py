@@ -584,3 +584,18 @@ def test_dead_models_are_forgotten() -> None:
     del model
     gc.collect()
     assert not ids & dense_parameters_of_compact_models()
+
+
+def test_a_second_model_with_other_supports_has_no_symbolic_ones() -> None:
+    placeholders: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        placeholders.extend(inputs)
+        return graph.forward
+
+    x = torch.randn(64, 256)
+    for block in (32, 16):
+        model = pf.sparsify_(nn.Sequential(nn.Linear(256, 256)), x, budget=0.25, block_size=block, force=True)
+        torch.compile(model, backend=backend)(x)
+    assert sum(isinstance(value, Tensor) and value.dtype == torch.int32 for value in placeholders) == 2
+    assert not any(isinstance(value, torch.SymInt) for value in placeholders)
