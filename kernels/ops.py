@@ -131,6 +131,21 @@ def _add(a: Tensor | None, b: Tensor) -> Tensor:
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
+@_linear.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """x may have any number of dimensions, so that one more is no matter; of several weights each is used by itself."""
+    op = torch.ops.pixelfly.linear
+    x_dim, *others = in_dims
+    if x_dim is not None and all(dim is None for dim in others):
+        return op(args[0].movedim(x_dim, 0), *args[1:]), (0, 0)
+    pairs = [
+        op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    ys, ts = zip(*pairs, strict=True)
+    return (torch.stack(ys), torch.stack(ts)), (0, 0)
+
+
 def linear(
     x: Tensor,
     blocks: Tensor,

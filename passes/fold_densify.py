@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
 from pixelfly_compiler.passes.sites import Match, matmuls
-from pixelfly_compiler.passes.weights import nodes_without_gradients, uses
+from pixelfly_compiler.passes.weights import Scopes, uses
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ class _Fold:
 
 def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
     shape = densify.meta["example_value"].shape
-    for match in matmuls(list(uses(module, densify, shape)), densify.name, shape, nodes_without_gradients(module))[0]:
+    for match in matmuls(list(uses(module, densify, shape)), densify.name, shape, Scopes.of(module))[0]:
         if match.region is None:  # not of a part
             yield _Fold(match, densify, match.transposed)
 

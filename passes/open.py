@@ -14,7 +14,7 @@ Inductor, which opens them too, then generates the same code for what stays dens
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.weights import is_call
+
+Code = Callable[..., Any]
 
 
 def open_composites(gm: GraphModule) -> GraphModule:
@@ -39,20 +41,25 @@ def open_composites(gm: GraphModule) -> GraphModule:
 
 
 def _open(module: GraphModule, node: Node) -> None:
-    from torch.fx.experimental.proxy_tensor import make_fx  # heavy to import, and only needed here
-
     function, inputs = _COMPOSITES[node.target], node.all_input_nodes
-    values = [source.meta["example_value"] for source in inputs]
-    if any(isinstance(value, Tensor) and value.is_nested for value in values):
-        return
 
     def run(*given: Any) -> Any:
         of = dict(zip(inputs, given, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), of.__getitem__)
         return function(*args, **kwargs)
 
+    put_code(module, node, run, inputs)
+
+
+def put_code(module: GraphModule, node: Node, code: Code, inputs: Sequence[Node]) -> None:
+    """Put what `code` does with the values of `inputs` in place of `node`; nothing if that cannot be traced."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # heavy to import, and only needed here
+
+    values = [source.meta["example_value"] for source in inputs]
+    if any(isinstance(value, Tensor) and value.is_nested for value in values):
+        return
     with torch.no_grad(), _autocast_of(node):
-        traced = make_fx(run, pre_dispatch=True)(*values)
+        traced = make_fx(code, pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     if any(original.op == "get_attr" for original in traced.graph.nodes):
         return  # a constant made on the way: nobody's module would hold it
@@ -164,7 +171,7 @@ def _encoder_layer(
     return norm(x + feed(x), norm_w2, norm_b2)
 
 
-_COMPOSITES: dict[Any, Callable[..., Any]] = {
+_COMPOSITES: dict[Any, Code] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._native_multi_head_attention: _native_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,

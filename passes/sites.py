@@ -29,9 +29,9 @@ from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.weights import (
     FLOATS,
     Region,
+    Scopes,
     Use,
     is_call,
-    nodes_without_gradients,
     overlap,
     parameter_names,
     placeholders,
@@ -179,18 +179,17 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     )
 
 
-def matmuls(
-    uses: Sequence[Use], name: str, shape: Sequence[int], without_gradients: Collection[Node] = ()
-) -> tuple[list[Match], list[Use]]:
+def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes) -> tuple[list[Match], list[Use]]:
     """Those of the uses of a weight that are matmuls with it, and the others.
 
-    What takes the weight twice multiplies it with itself.
+    What takes the weight twice multiplies it with itself. Inside of torch.func's grad our operators have no gradient.
     """
     times = Counter(use.user for use in uses)
     matches: list[Match] = []
     others: list[Use] = []
     for use in uses:
-        match = _match(use, name, shape) if times[use.user] == 1 and use.reaches(without_gradients) else None
+        possible = times[use.user] == 1 and use.user not in scopes.differentiated
+        match = _match(use, name, shape) if possible and use.reaches(scopes.without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
@@ -270,6 +269,7 @@ _HINTS = {
     "conv": "a convolution with groups, padding or windows that overlap",
     "bmm": "which multiplies with several matrices at once",
     "grouped_mm": "which multiplies with several matrices at once",
+    "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
     "_weight_norm": "which computes the weight of the matmul from it",
 }
 
@@ -277,17 +277,21 @@ _HINTS = {
 class _Weight:
     """One parameter of a graph: its uses, sorted into matmuls, lookups and others."""
 
-    def __init__(
-        self, gm: GraphModule, node: Node, value: torch.Tensor, name: str, without_gradients: Collection[Node]
-    ) -> None:
+    def __init__(self, gm: GraphModule, node: Node, value: torch.Tensor, name: str, scopes: Scopes) -> None:
         self.name, self.shape, self.value = name, tuple(int(size) for size in value.shape), value
         self.uses = [use for use in uses(gm, node, self.shape) if not _is_dead(use)]
-        self.matches, rest = matmuls(self.uses, name, self.shape, without_gradients)
+        self.matches, rest = matmuls(self.uses, name, self.shape, scopes)
         self.others = [use for use in rest if not _is_lookup(use)]
+        self.scopes = scopes
 
     @property
     def looked_up(self) -> bool:
         return len(self.uses) > len(self.matches) + len(self.others)
+
+    def leave_to_others(self, nodes: Collection[Node]) -> None:
+        """These matmuls are another weight's, and this parameter is what is multiplied with it."""
+        self.matches = [match for match in self.matches if match.node not in nodes]
+        self.others += [use for use in self.uses if use.user in nodes]
 
     def sites(self) -> list[Site]:
         names = dict.fromkeys(match.site for match in self.matches)
@@ -347,6 +351,8 @@ class _Weight:
         if not self.others:
             return "an embedding lookup, not a matmul"
         user = self.others[0].user
+        if user in self.scopes.differentiated:
+            return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
         hint = next(
             (text for word, text in _HINTS.items() if word in str(user.target)), "not by a matmul pixelfly knows"
         )
@@ -355,6 +361,14 @@ class _Weight:
 
 def _box(view: torch.Tensor, shape: Sequence[int]) -> tuple[range, ...]:
     return Region(tuple(view.shape), view.stride(), int(view.storage_offset())).box(shape)
+
+
+def _settle_products_of_two(weights: Collection[_Weight]) -> None:
+    """In a matmul of two parameters the right one is the weight: `queries @ weight`."""
+    times = Counter(match.node for weight in weights for match in weight.matches)
+    for weight in weights:
+        shared = [match for match in weight.matches if times[match.node] > 1]
+        weight.leave_to_others({m.node for m in shared if m.weight is not m.node.all_input_nodes[-1]})
 
 
 def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
@@ -380,12 +394,13 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
         for node, value in zip(placeholders(gm), example_inputs, strict=False)
         if node.name in names and isinstance(value, torch.Tensor)
     }
-    frozen = nodes_without_gradients(gm)
+    scopes = Scopes.of(gm)
     weights = {
-        node: _Weight(gm, node, value, names[node.name], frozen)
+        node: _Weight(gm, node, value, names[node.name], scopes)
         for node, value in parameters.items()
         if value.dim() >= 2
     }
+    _settle_products_of_two(weights.values())
     matches = [match for weight in weights.values() for match in weight.matches]
     flops = other_flops(gm, {node: node in weights for node in parameters}, {match.node for match in matches})
     sites = [site for weight in weights.values() for site in weight.sites()]

@@ -22,7 +22,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # ---- names ----
 
-_ROOT = re.compile(r"^[LG]\['([^']*)'\]")
+# A decorated forward gets its module as args[0].
+_ROOT = re.compile(r"^[LG]\['([^']*)'\](?:(?<=\['args'\])\[0\])?")
 _TOKEN = re.compile(r"\['([^']*)'\]|\[\"([^\"]*)\"\]|\[(-?\d+)\]|\.([A-Za-z_]\w*)")
 _PLUMBING = {"_modules", "_parameters", "_orig_mod", "__dict__", "cell_contents", "__self__"}
 _CLOSURE = re.compile(r"\.__closure__\[\d+\]")
@@ -63,9 +64,14 @@ def parameter_names(gm: GraphModule, example_inputs: Sequence[object]) -> dict[s
     return {key: name if names.count(name) == 1 else f"{root}.{name}" for key, (root, name) in found.items()}
 
 
+def own_name(name: str) -> str:
+    """A parameter's name as if no module of the model were compiled by itself."""
+    return name.replace("_orig_mod.", "")
+
+
 def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object], model: nn.Module) -> dict[str, str]:
     """As `parameter_names`, but with the model's own names, also where Dynamo saw only one of its submodules."""
-    own = {id(parameter): name.replace("_orig_mod.", "") for name, parameter in model.named_parameters()}
+    own = {id(parameter): own_name(name) for name, parameter in model.named_parameters()}
     names = parameter_names(gm, example_inputs)
     for node, value in zip(placeholders(gm), example_inputs, strict=False):
         if id(value) in own:
@@ -166,17 +172,40 @@ class Use:
         return True
 
 
-def nodes_without_gradients(gm: GraphModule) -> set[Node]:
-    """The nodes between `torch._C._set_grad_enabled(False)` and `(True)`, also in sub-graphs."""
-    found: set[Node] = set()
-    for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
-        enabled: object = True
-        for node in module.graph.nodes:
-            if is_call(node, (torch._C._set_grad_enabled,)):
-                enabled = node.args[0]
-            if not enabled:
-                found.add(node)
-    return found
+@dataclass(frozen=True)
+class Scopes:
+    """Nodes that stand under `no_grad`, and nodes inside of torch.func's grad, vjp and jvp; also in sub-graphs."""
+
+    without_gradients: frozenset[Node] = frozenset()
+    differentiated: frozenset[Node] = frozenset()
+
+    @staticmethod
+    def of(gm: GraphModule) -> Scopes:
+        modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+        frozen = [node for module in modules for node in _nodes_without_gradients(module)]
+        differentiated = [node for module in modules for node in _differentiated_nodes(module)]
+        return Scopes(frozenset(frozen), frozenset(differentiated))
+
+
+def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
+    """The nodes between `torch._C._set_grad_enabled(False)` and `(True)`."""
+    enabled: object = True
+    for node in module.graph.nodes:
+        if is_call(node, (torch._C._set_grad_enabled,)):
+            enabled = node.args[0]
+        if not enabled:
+            yield node
+
+
+def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
+    """The nodes between `_grad_increment_nesting()` and `_grad_decrement_nesting()`, and the same for `jvp`."""
+    depth = 0
+    for node in module.graph.nodes:
+        transform, _, step = getattr(node.target, "__name__", "").strip("_").partition("_")
+        if transform in ("grad", "jvp"):
+            depth += {"increment_nesting": 1, "decrement_nesting": -1}.get(step, 0)
+        if depth:
+            yield node
 
 
 def value_of(node: object) -> Tensor | None:
@@ -222,7 +251,7 @@ def _is_copy(user: Node, node: Node) -> bool:
         return False
     if is_call(user, (torch.clone,), "contiguous", "clone"):
         return True
-    if not is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
+    if not is_call(user, (torch.ops.aten.to.dtype,), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
         return False
     before, after = value_of(node), value_of(user)
     return before is not None and after is not None and after.dtype in FLOATS and before.device == after.device
@@ -249,7 +278,7 @@ def _stops_gradients(user: Node) -> bool:
 
 def _is_view_of(result: object, view: Tensor) -> bool:
     """Another tensor in the same memory: an operation in place returns the tensor itself."""
-    if not isinstance(result, Tensor) or result is view:
+    if not isinstance(result, Tensor) or result is view or torch._C._functorch.is_functorch_wrapped_tensor(result):
         return False
     return result.untyped_storage()._cdata == view.untyped_storage()._cdata
 

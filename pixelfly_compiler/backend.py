@@ -35,6 +35,7 @@ from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_of
+from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import parameter_names, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
@@ -59,7 +60,7 @@ def pixelfly(
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     whole = _is_whole_model(gm)
-    gm = open_composites(own_copy(gm))
+    gm = split_joined_weights(open_composites(own_copy(gm)))
     replace_attention(gm)
     folded = fold_densify(gm, _has_kernels)
     names = parameter_names(gm, example_inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
 
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.sites import Found, Site, Skipped, find_sites
-from pixelfly_compiler.passes.weights import parameter_names_by_identity
+from pixelfly_compiler.passes.split import split_joined_weights
+from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity
 
 Record = tuple[GraphModule, tuple[Any, ...]]
 _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)
@@ -24,7 +27,7 @@ _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", defau
 
 def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compiles nothing and records each *run*, so that a graph that serves two layers counts twice."""
-    open_composites(gm)
+    split_joined_weights(open_composites(gm))
 
     def run(*inputs: Any) -> Any:
         records = _records.get()
@@ -35,17 +38,22 @@ def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callab
     return run
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Found:
-    """The sites of `model(*args, **kwargs)` in all graphs that Dynamo makes of it, by the model's parameter names."""
+def capture(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, training: bool = False
+) -> Found:
+    """The sites of `model(*args, **kwargs)` in all graphs that Dynamo makes of it, by the model's parameter names.
+
+    `training`: with gradients on, as custom autograd functions stay whole only then.
+    """
     model = getattr(model, "_orig_mod", model)
     records: list[Record] = []
     token = _records.set(records)
     try:
-        run_once(model, args, kwargs, _recording_backend)
+        run_once(model, args, kwargs, _recording_backend, grad=training)
     finally:
         _records.reset(token)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
-    return _with_aliases(merge(found), aliases(model))
+    return _with_the_unseen(_with_aliases(merge(found), aliases(model)), model)
 
 
 def run_once(
@@ -57,7 +65,9 @@ def run_once(
     grad: bool = False,
 ) -> None:
     """Run the model once with its graphs handed to `backend`; the model and the random state stay as they were."""
-    with _unchanged(model), torch.set_grad_enabled(grad):
+    with _unchanged(model), torch.set_grad_enabled(grad), warnings.catch_warnings():
+        # Dynamo looks at the `.grad` of what comes from the graph before.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         torch.compile(model, backend=backend, **_apart())(*args, **(kwargs or {}))
 
 
@@ -106,7 +116,7 @@ def aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """First name of each parameter -> its other names (tied weights)."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(own_name(name))
     return {first: tuple(others) for first, *others in names.values()}
 
 
@@ -132,6 +142,21 @@ def merge(found: Sequence[Found]) -> Found:
             sites[name] = replace(site, reason=f"in another graph: {item.reason}")
     matches = tuple(match for one in found for match in one.matches)
     return Found(tuple(sites.values()), matches, tuple(skipped.values()))
+
+
+def _with_the_unseen(found: Found, model: nn.Module) -> Found:
+    """Parameters that no graph has are listed too."""
+    listed = [(site.parameter, *site.aliases) for site in found.sites]
+    listed += [(item.name, *item.aliases) for item in found.skipped]
+    known = {name for names in listed for name in names}
+    unseen = tuple(
+        Skipped(
+            own_name(name), tuple(weight.shape), "in no graph: not used, or run outside of compiled code", used=False
+        )
+        for name, weight in model.named_parameters()
+        if own_name(name) not in known and not is_lazy(weight) and weight.dim() >= 2
+    )
+    return replace(found, skipped=found.skipped + unseen)
 
 
 def _merge_skipped(a: Skipped, b: Skipped) -> Skipped:

@@ -32,6 +32,7 @@ from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
 from pixelfly_compiler.passes.sites import Site, find_sites
+from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
 
@@ -135,7 +136,7 @@ class _Emitter:
         (folder / "kernels").mkdir(parents=True, exist_ok=True)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = open_composites(own_copy(gm))
+        graph = split_joined_weights(open_composites(own_copy(gm)))
         fold_densify(graph, lambda device: True)
         names = parameter_names_by_identity(graph, example_inputs, self.model)
         found = find_sites(graph, example_inputs, names)

@@ -16,6 +16,7 @@ from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import PlanError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.support import Support
+from pixelfly_compiler.passes.weights import own_name
 
 
 def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
@@ -61,7 +62,7 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     own, and the lookup keeps W.
     """
     model = getattr(model, "_orig_mod", model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {own_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
     for entry in plan.sparse:
         if entry.parameter not in parameters:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)

@@ -38,15 +38,15 @@ def plan(
 
     `args` is a tuple, or one tensor. `options` are those of `Config`: budget=0.25, allocator=, block_size=, ...
     `device` holds the time model's constants; `training` (default: as the model is) adds the gradients and the
-    projection of the weights to the predicted speed-ups, and decides nothing.
+    projection of the weights to the predicted speed-ups, and runs the model with gradients on.
     """
     config, others = Config.from_options(options)
     if others:
         raise TypeError(f"plan() got an unexpected option {next(iter(others))!r}")
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
-    found = capture(model, positional, kwargs)
     if training is None:
         training = model.training and any(parameter.requires_grad for parameter in model.parameters())
+    found = capture(model, positional, kwargs, training=training)
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
     return make_plan(found, config, weights=weights, device=device, training=training)
 

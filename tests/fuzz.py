@@ -64,6 +64,8 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "rows": (lambda x, w, b: F.linear(x, w[32:], b), lambda k, n: (n + 32, k)),
     "one of two": (lambda x, w, b: x @ w[0] - x.flip(1) @ w[1], lambda k, n: (2, k, n)),
     "unfolded": (lambda x, w, b: x @ w.view(-1, w.shape[-1]), lambda k, n: (2, k // 2, n)),
+    "joined outputs": (lambda x, w, b: F.linear(x, torch.cat([*w.chunk(2)[::-1]]), b), lambda k, n: (n, k)),
+    "joined inputs": (lambda x, w, b: x @ torch.vstack(w.chunk(2)[::-1]) + b, lambda k, n: (k, n)),
     "1 x 1": (lambda x, w, b: F.conv1d(x.mT, w, b).mT, lambda k, n: (n, k, 1)),
     "1 x 1 image": (lambda x, w, b: F.conv2d(x.mT.unflatten(2, (2, 2)), w, b).flatten(2).mT, lambda k, n: (n, k, 1, 1)),
     "patches": (lambda x, w, b: _patches(x, w, b, 2), lambda k, n: (n, k, 2)),
