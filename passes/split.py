@@ -11,8 +11,9 @@ leaves the graph, and is no longer copied together in each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,13 @@ from pixelfly_compiler.passes.sites import Match, matmuls
 from pixelfly_compiler.passes.weights import Scopes, is_call, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.
-_JOINS = {torch.cat: None, torch.concat: None, torch.concatenate: None, torch.vstack: 0, torch.hstack: 1}
+_JOINS: dict[Any, int | None] = {
+    torch.cat: None,
+    torch.concat: None,
+    torch.concatenate: None,
+    torch.vstack: 0,
+    torch.hstack: 1,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ def split_joined_weights(gm: GraphModule) -> GraphModule:
 def _joined(module: GraphModule, node: Node) -> _Joined | None:
     if not is_call(node, tuple(_JOINS)) or not node.args or not isinstance(node.args[0], tuple | list):
         return None
-    dim = _JOINS[node.target]  # type: ignore[index]
+    dim: Any = _JOINS[node.target]
     if dim is None:
         dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
     parts = tuple(part for part in node.args[0] if isinstance(part, Node) and _is_of_a_parameter(module, part, node))
@@ -93,8 +100,7 @@ def _split(match: Match, joined: _Joined) -> None:
 
 def _code(match: Match, joined: _Joined) -> Callable[..., Tensor]:
     """What replaces the matmul, as a function of x, the parts, and the bias and the addend if there are any."""
-    weight = value_of(match.weight)
-    dtype = None if weight is None else weight.dtype
+    dtype = match.weight.meta["example_value"].dtype
     along_outputs = (joined.dim == 0) != match.transposed
     product = _beside if along_outputs else _sum
 
@@ -111,7 +117,7 @@ def _code(match: Match, joined: _Joined) -> Callable[..., Tensor]:
 def _beside(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     """Each weight gives some of the outputs."""
     sizes = [weight.shape[0] for weight in weights]
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    biases: Sequence[Tensor | None] = [None] * len(sizes) if bias is None else bias.split(sizes)
     return torch.cat([F.linear(x, weight, part) for weight, part in zip(weights, biases, strict=True)], -1)
 
 

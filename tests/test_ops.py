@@ -28,6 +28,21 @@ def dense(blocks: Tensor, u: Tensor | None, v: Tensor | None, support: Support) 
     return weight if u is None or v is None else weight + u @ v.mT
 
 
+@pytest.mark.parametrize("mapped", ["x", "blocks"])
+def test_linear_under_vmap(mapped: str) -> None:
+    support = SUPPORTS[1]
+    blocks, u, v = compact(support, 16)
+    x = torch.randn(3, 5, support.in_features).double()
+    many = torch.stack([blocks, 2 * blocks, -blocks])
+    weights = torch.stack([dense(part, u, v, support) for part in many])
+    if mapped == "x":
+        y = torch.func.vmap(lambda x: ops.linear(x, blocks, u, v, support), in_dims=1, out_dims=1)(x)
+        torch.testing.assert_close(y, x @ weights[0].mT)
+    else:
+        y = torch.func.vmap(lambda x, blocks: ops.linear(x, blocks, u, v, support))(x, many)
+        torch.testing.assert_close(y, x @ weights.mT)
+
+
 @pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("rank", [0, 16])
 def test_linear_is_a_matmul_with_the_dense_weight(support: Support, rank: int) -> None:

@@ -389,6 +389,29 @@ def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None
     assert 0.95 * 0.25 <= made.kept <= 0.25
 
 
+def test_parameters_outside_of_all_graphs_are_listed() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen, self.skipped = nn.Linear(64, 64), nn.LSTM(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.skipped(self.seen(x))[0]
+
+    made = plan(Model(), torch.randn(3, 64), device=DEVICE)
+    assert "in no graph" in str(made["skipped.weight_ih_l0"].reason)
+
+
+def test_names_do_not_tell_which_modules_are_compiled_by_themselves() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(8, 64)
+    made = plan(model, x, device=DEVICE, force=True)
+    expected = project_(copy.deepcopy(model), made)(x)
+    model[1] = torch.compile(model[1], backend="eager")
+    assert plan(model, x, device=DEVICE, force=True).digest == made.digest
+    torch.testing.assert_close(project_(model, made)(x), expected)
+
+
 def test_compiled_models_and_keyword_inputs() -> None:
     model: Any = torch.compile(Mlp(), backend="eager")
     made = plan(model, (), {"x": torch.randn(64, 128)}, device=DEVICE)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import grad, vmap
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -151,6 +152,48 @@ def test_a_matmul_that_must_stay_dense_is_a_site_with_a_reason(function: Callabl
     assert found.matches == ()
     assert reason in str(found.sites[0].reason)
     assert found.sites[0].rows > 0
+
+
+def test_in_a_product_of_two_parameters_the_right_one_is_the_weight() -> None:
+    model = OneWeight(lambda x, w, b: x @ (m.left @ w), 32, 48)
+    m = cast(Any, model)
+    m.left = nn.Parameter(torch.randn(32, 32))
+    (found,) = found_in(model, X)
+    assert [(site.name, site.rows, site.reason) for site in found.sites] == [("w", 32, None)]
+    assert len(found.matches) == 1
+    assert [(item.name, "`matmul`" in item.reason) for item in found.skipped] == [("left", True)]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.flatten(0, 1).T @ g.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, w, b: grad(lambda y: (y @ w).sin().sum())(x), "inside of a transform of torch.func"),
+        (lambda x, w, b: vmap(lambda row: x @ row)(w.unflatten(0, (2, 16)).mT), "`_add_batch_dim`"),
+        (lambda x, w, b: _Product.apply(x, w), "custom autograd.Function"),
+    ],
+    ids=["grad", "vmap", "autograd.Function"],
+)
+def test_transforms_and_functions_of_their_own_keep_their_weights(function: Callable[..., Any], reason: str) -> None:
+    (found,) = found_in(OneWeight(function, 32, 32), X)
+    assert found.sites == ()
+    assert reason in found.skipped[0].reason
+
+
+def test_a_matmul_under_vmap_is_a_site() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: vmap(lambda row: row @ w)(x), 32, 48), X)
+    assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
 
 
 CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...], bool]] = {
