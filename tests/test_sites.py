@@ -176,6 +176,7 @@ class _Product(torch.autograd.Function):
         return g @ w.T, x.flatten(0, 1).T @ g.flatten(0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
