@@ -32,7 +32,7 @@ def passes(version: str, arguments: Sequence[str]) -> bool:
     """Do the tests pass on this version of torch? Its environment is made, or brought up to date, first."""
     folder = ROOT / f".venv-torch-{version}"
     python = str(folder / "bin" / "python")
-    wanted = (f"torch=={version}.*", f"triton=={TRITON[version]}.*", "--editable", ".[dev]")
+    wanted = (f"torch=={version}.*", f"triton=={TRITON[version]}.*", "--editable", ".[test]")
     steps = (
         () if folder.exists() else (sys.executable, "-m", "venv", str(folder)),
         (python, "-m", "pip", "install", "--quiet", *wanted),
