@@ -6,7 +6,7 @@
         return (y,)
 
 Nothing is approximated: it is the same function, as exact as PyTorch's. What the kernel does not do (dropout, grouped
-heads, a mask that is learned, single queries) stays as it is.
+heads, a mask that is learned, single queries, transforms of torch.func) stays as it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels import attention
 from pixelfly_compiler.passes.flops import hint
-from pixelfly_compiler.passes.weights import is_call, value_of
+from pixelfly_compiler.passes.weights import Scopes, is_call, value_of
 
 _FUNCTIONS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -35,8 +35,9 @@ def replace_attention(gm: GraphModule) -> int:
     if not attention.is_faster_here():
         return 0
     replaced = 0
+    differentiated = Scopes.of(gm).differentiated
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
-        nodes = [node for node in module.graph.nodes if is_call(node, _FUNCTIONS)]
+        nodes = [node for node in module.graph.nodes if is_call(node, _FUNCTIONS) and node not in differentiated]
         done = [node for node in nodes if _replace(node)]
         if done:
             module.recompile()
@@ -66,6 +67,8 @@ def _fits(node: Node, query: Node, key: Node, value: Node) -> bool:
     """Are the sizes, the device and the dtype such that the kernel can, and should, compute it?"""
     q, k, v, out = map(value_of, (query, key, value, node))
     if q is None or k is None or v is None or out is None or not q.dim() == k.dim() == v.dim() == 4:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(out):  # of vmap
         return False
     features = q.shape[3]
     return (

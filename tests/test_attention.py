@@ -149,6 +149,18 @@ def test_what_the_kernel_does_not_do_stays() -> None:
     assert replaced(Asks(), q[0], q[0], q[0]) == 0
 
 
+@pytest.mark.usefixtures("slow_library")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_under_transforms_of_torch_func_it_stays() -> None:
+    class Transformed(nn.Module):
+        def forward(self, q: Tensor, several: Tensor) -> Tensor:
+            gradient = torch.func.grad(lambda x: F.scaled_dot_product_attention(x, q, q).sum())(q)
+            return gradient + torch.vmap(lambda x: F.scaled_dot_product_attention(x, q, q))(several).sum(0)
+
+    q = torch.randn(2, 4, 32, 16)
+    assert replaced(Transformed(), q, torch.stack([q, -q])) == 0
+
+
 def test_elsewhere_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixelfly_compiler.kernels.attention, "is_faster_here", lambda: False)
     q = torch.randn(2, 4, 32, 16)
