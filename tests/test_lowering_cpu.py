@@ -57,7 +57,7 @@ def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = F
 @pytest.mark.parametrize("transposed", [False, True])
 def test_linear_and_gradients_at_odd_sizes(dtype: torch.dtype, transposed: bool) -> None:
     features = UNEVEN.in_features if transposed else UNEVEN.out_features
-    x, blocks, u, v, index = operands(UNEVEN, 77, 16, dtype, transposed)
+    x, blocks, u, v, index = operands(UNEVEN, 77, 48 if transposed else 16, dtype, transposed)
     bias = torch.randn(features).to(dtype)
 
     def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
