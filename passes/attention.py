@@ -24,7 +24,6 @@ from pixelfly_compiler.kernels import attention
 from pixelfly_compiler.passes.flops import hint
 from pixelfly_compiler.passes.weights import Scopes, is_call, value_of
 
-_FUNCTIONS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DTYPES = (torch.float32, torch.bfloat16)
 _FEWEST_QUERIES = 16  # below, packing the keys costs more than what is saved
@@ -37,8 +36,8 @@ def replace_attention(gm: GraphModule) -> int:
     replaced = 0
     differentiated = Scopes.of(gm).differentiated
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
-        nodes = [node for node in module.graph.nodes if is_call(node, _FUNCTIONS) and node not in differentiated]
-        done = [node for node in nodes if _replace(node)]
+        calls = [node for node in module.graph.nodes if is_call(node, (F.scaled_dot_product_attention,))]
+        done = [node for node in calls if node not in differentiated and _replace(node)]
         if done:
             module.recompile()
         replaced += len(done)

@@ -49,7 +49,7 @@ class Operands:
 
 
 def _linear(node: Node, operand: Node) -> Operands | None:
-    if not is_call(node, (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)):
+    if not is_call(node, (F.linear, torch._C._nn.linear)):
         return None
     x, weight, bias = _arguments(node, ("input", "weight", "bias"))
     return Operands(x, weight, bias)

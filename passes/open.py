@@ -32,16 +32,20 @@ Code = Callable[..., Any]
 def open_composites(gm: GraphModule) -> GraphModule:
     """Open every composite of the graph and of its sub-graphs, in place."""
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
-        nodes = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _COMPOSITES]
-        for node in nodes:
-            _open(module, node)
-        if nodes:
+        opened = [(node, code) for node in module.graph.nodes if (code := _code_of(node))]
+        for node, code in opened:
+            _open(module, node, code)
+        if opened:
             module.recompile()
     return gm
 
 
-def _open(module: GraphModule, node: Node) -> None:
-    function, inputs = _COMPOSITES[node.target], node.all_input_nodes
+def _code_of(node: Node) -> Code | None:
+    return next((code for composite, code in _COMPOSITES.items() if is_call(node, (composite,))), None)
+
+
+def _open(module: GraphModule, node: Node, function: Code) -> None:
+    inputs = node.all_input_nodes
 
     def run(*given: Any) -> Any:
         of = dict(zip(inputs, given, strict=True))

@@ -15,6 +15,8 @@ from hashlib import blake2b
 import networkx as nx
 from torch.fx import GraphModule, Node
 
+from pixelfly_compiler.passes.weights import called
+
 HOPS_UP = 2
 # Operations that move or mask data but do not say what a layer does.
 _VIEWS = {
@@ -51,9 +53,7 @@ def dataflow(gm: GraphModule) -> nx.MultiDiGraph:
 def _label(node: Node) -> str:
     if node.op in ("placeholder", "get_attr", "output"):
         return node.op
-    if isinstance(node.target, str):
-        return node.target
-    return getattr(node.target, "__name__", str(node.target)).strip("_")
+    return called(node) if node.op == "call_method" else called(node).strip("_")
 
 
 def _neighbours(graph: nx.MultiDiGraph, node: Node, up: bool) -> list[tuple[int, Node]]:

@@ -31,6 +31,7 @@ from pixelfly_compiler.passes.weights import (
     Region,
     Scopes,
     Use,
+    called,
     is_call,
     overlap,
     parameter_names,
@@ -240,8 +241,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _describe(node: Node) -> str:
     if node.op == "output":
         return "an output of the graph"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    return f"`{target}`"
+    return f"`{called(node)}`"
 
 
 def _is_lookup(use: Use) -> bool:
@@ -259,7 +259,7 @@ def _is_dead(use: Use) -> bool:
 
 def _mutates(node: Node) -> bool:
     """May this node write to an argument? By its name, as PyTorch's are: `mul_`, `setitem`, `iadd`, or an `out`."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name == "setitem" or name.startswith("i") or "out" in node.kwargs
 

@@ -59,9 +59,10 @@ def split_joined_weights(gm: GraphModule) -> GraphModule:
 
 
 def _joined(module: GraphModule, node: Node) -> _Joined | None:
-    if not is_call(node, tuple(_JOINS)) or not node.args or not isinstance(node.args[0], tuple | list):
+    join = next((join for join in _JOINS if is_call(node, (join,))), None)
+    if join is None or not node.args or not isinstance(node.args[0], tuple | list):
         return None
-    dim: Any = _JOINS[node.target]
+    dim: Any = _JOINS[join]
     if dim is None:
         dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
     parts = tuple(part for part in node.args[0] if isinstance(part, Node) and _is_of_a_parameter(module, part, node))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -214,9 +215,19 @@ def value_of(node: object) -> Tensor | None:
 
 
 def is_call(node: Node, functions: Sequence[object], *methods: str) -> bool:
-    if node.op == "call_function":
-        return any(node.target is function for function in functions)
-    return node.op == "call_method" and node.target in methods
+    """Is the node a call of one of these? The graphs of `torch.export` call aten's operators of the same names."""
+    if node.op == "call_method":
+        return node.target in methods
+    if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
+        return called(node) in (*methods, *(getattr(function, "__name__", "") for function in functions))
+    return node.op == "call_function" and any(node.target is function for function in functions)
+
+
+def called(node: Node) -> str:
+    """The name of the function, operator or method that the node calls."""
+    if isinstance(node.target, OpOverload):
+        return node.target.overloadpacket.__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
@@ -251,7 +262,7 @@ def _is_copy(user: Node, node: Node) -> bool:
         return False
     if is_call(user, (torch.clone,), "contiguous", "clone"):
         return True
-    if not is_call(user, (torch.ops.aten.to.dtype,), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
+    if not is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
         return False
     before, after = value_of(node), value_of(user)
     return before is not None and after is not None and after.dtype in FLOATS and before.device == after.device

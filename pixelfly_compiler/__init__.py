@@ -1,7 +1,8 @@
 """pixelfly_compiler: torch.compile(model, backend="pixelfly") makes the matmuls of a PyTorch model sparse.
 
-The public surface: the backend, `plan` (what would be done, and why), `emit` (GPU code, without a GPU), `project_` and
-`project` (what it means), and compact models: `sparsify_`, `densify_`, `load_weights_`, `factors`, `plan_of`.
+The public surface: the backend, `plan` (what would be done, and why), `export` and `package` (a model as one file),
+`emit` (GPU code, without a GPU), `project_` and `project` (what it means), and compact models: `sparsify_`,
+`densify_`, `load_weights_`, `factors`, `plan_of`.
 """
 
 from pixelfly_compiler.backend import pixelfly
@@ -10,12 +11,14 @@ from pixelfly_compiler.emit import Emission, EmittedKernel, emit
 from pixelfly_compiler.errors import (
     CompactError,
     EmitError,
+    ExportError,
     OptionError,
     PixelflyError,
     PlanError,
     PlanMismatchError,
     UnknownSiteError,
 )
+from pixelfly_compiler.export import export, package
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.plan import plan, project, project_
 from pixelfly_compiler.sparsify import densify_, factors, load_weights_, plan_of, sparsify_
@@ -27,6 +30,7 @@ __all__ = [
     "EmitError",
     "EmittedKernel",
     "Entry",
+    "ExportError",
     "OptionError",
     "PixelflyError",
     "Plan",
@@ -36,8 +40,10 @@ __all__ = [
     "UnknownSiteError",
     "densify_",
     "emit",
+    "export",
     "factors",
     "load_weights_",
+    "package",
     "pixelfly",
     "plan",
     "plan_of",

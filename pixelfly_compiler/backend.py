@@ -62,12 +62,12 @@ def pixelfly(
     whole = _is_whole_model(gm)
     gm = split_joined_weights(open_composites(own_copy(gm)))
     replace_attention(gm)
-    folded = fold_densify(gm, _has_kernels)
+    folded = fold_densify(gm, has_kernels)
     names = parameter_names(gm, example_inputs)
-    found = _dense_without_kernels(find_sites(gm, example_inputs, names))
+    found = dense_without_kernels(find_sites(gm, example_inputs, names))
     asked = len(inductor_options) < len(options or {})
-    settled = set() if asked else _settled(names, placeholders(gm), example_inputs)
-    found = _dense_if_settled(found, settled)
+    settled = set() if asked else settled_weights(names, placeholders(gm), example_inputs)
+    found = dense_if_settled(found, settled)
     weights = weight_positions(gm, names)
     plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
     configs = sparse_configs(found, plan)
@@ -163,17 +163,19 @@ def _mark_lasting(gm: GraphModule, rewritten: Rewritten, training: bool) -> None
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
-def _has_kernels(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
+    """Have we kernels for this device?"""
     return why_no_kernels(device) is None
 
 
-def _settled(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Sequence[Any]) -> set[str]:
+def settled_weights(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Sequence[Any]) -> set[str]:
     """The names of those weights whose model was made compact: they are what `sparsify_` left dense."""
     settled = dense_parameters_of_compact_models()
     return {names[node.name] for node, value in zip(nodes, example_inputs, strict=False) if id(value) in settled}
 
 
-def _dense_if_settled(found: Found, settled: set[str]) -> Found:
+def dense_if_settled(found: Found, settled: set[str]) -> Found:
+    """What `sparsify_` left dense stays dense."""
     reason = "sparsify_ left it dense; an option (options={'budget': ...}) makes it sparse here"
     sites = tuple(
         replace(site, reason=reason) if site.reason is None and site.parameter in settled else site
@@ -182,7 +184,7 @@ def _dense_if_settled(found: Found, settled: set[str]) -> Found:
     return replace(found, sites=sites)
 
 
-def _dense_without_kernels(found: Found) -> Found:
+def dense_without_kernels(found: Found) -> Found:
     """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
     sites = tuple(
         replace(site, reason=why_no_kernels(torch.device(site.device))) if site.reason is None else site
@@ -243,7 +245,7 @@ def inductor(
     from pixelfly_compiler.kernels import lowering
 
     lowering.register()
-    with _cache_tag():
+    with cache_tag():
         compiled: Any = compile_fx(
             gm, list(inputs), inner_compile=inner_compile or _inner_compile, config_patches=dict(patches)
         )
@@ -261,7 +263,7 @@ def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
         return compile_fx_inner(gm, example_inputs, **kwargs)
     untouched = _copy_of_graph(gm)
     try:
-        with _cache_tag():
+        with cache_tag():
             return compile_fx_inner(gm, example_inputs, **kwargs)
     except (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame):
         raise  # Dynamo's way to ask for another attempt
@@ -289,7 +291,7 @@ def _with_references(gm: GraphModule, example_inputs: Sequence[Any], kwargs: Map
         return compile_fx_inner(gm, example_inputs, **kwargs)
 
 
-def _cache_tag() -> AbstractContextManager[Any]:
+def cache_tag() -> AbstractContextManager[Any]:
     """Compiler caches must tell apart the code that two versions of this package generate."""
     import torch.compiler.config as compiler_config
 

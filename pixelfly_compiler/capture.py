@@ -53,7 +53,7 @@ def capture(
     finally:
         _records.reset(token)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
-    return _with_the_unseen(_with_aliases(merge(found), aliases(model)), model)
+    return _with_the_unseen(with_aliases(merge(found), aliases(model)), model)
 
 
 def run_once(
@@ -179,7 +179,8 @@ def _merge_sites(a: Site, b: Site) -> Site:
     )
 
 
-def _with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:
+def with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:
+    """What was found, with the other names of tied weights."""
     sites = tuple(replace(site, aliases=names.get(site.parameter, ())) for site in found.sites)
     skipped = tuple(replace(item, aliases=names.get(item.name, ())) for item in found.skipped)
     return replace(found, sites=sites, skipped=skipped)

@@ -1,4 +1,4 @@
-"""The `pixelfly` command: look at a plan, emit GPU code, or measure this machine, without writing Python."""
+"""The `pixelfly` command: look at a plan, package a model, emit GPU code, or measure this machine."""
 
 from __future__ import annotations
 
@@ -64,6 +64,29 @@ def emit(source: str, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("source", metavar="FILE.py:FACTORY")
+@click.argument("out", metavar="OUT.pt2", type=click.Path(dir_okay=False))
+@click.option("--plan", type=click.Path(exists=True, dir_okay=False), default=None, help="A plan saved as JSON.")
+@click.option("--budget", type=float, default=None, help="Share of the dense compute that may be kept; 0.25 if absent.")
+@click.option("--force", is_flag=True, default=None, help="Make sites sparse even where dense is predicted faster.")
+def export(source: str, out: str, **options: Any) -> None:
+    """Compile the model that FACTORY returns into one file, which runs without this package.
+
+    FACTORY returns (model, args), (model, args, kwargs) or (model, args, kwargs, dynamic_shapes).
+    """
+    from pixelfly_compiler.export import export as make
+    from pixelfly_compiler.export import package
+
+    model, args, kwargs, *shapes = _call(_factory(source), source, most=4)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        package(make(model, args, kwargs, dynamic_shapes=shapes[0] if shapes else None, **given), out)
+    except (PixelflyError, OSError) as cause:
+        raise click.ClickException(str(cause)) from cause
+    click.echo(f"written to {out}; load it with torch._inductor.aoti_load_package({out!r})")
+
+
+@main.command()
 def calibrate() -> None:
     """Measure this machine's CPU for the time model, and keep the result for later runs."""
     from pixelfly_compiler.passes.calibration import calibrate as measure
@@ -100,13 +123,14 @@ def _factory(target: str) -> Callable[[], Any]:
     return factory
 
 
-def _call(factory: Callable[[], Any], target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _call(factory: Callable[[], Any], target: str, most: int = 3) -> tuple[Any, ...]:
+    """What the factory returns: model, args, kwargs, and up to `most` values in all."""
     try:
         made = factory()
     except Exception as cause:
         raise click.ClickException(f"{target} raised {type(cause).__name__}: {cause}") from cause
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
+    if not isinstance(made, tuple) or not 2 <= len(made) <= most:
         raise click.ClickException(f"{target} must return (model, args) or (model, args, kwargs)")
     model, args, *rest = made
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
-    return model, positional, dict(rest[0]) if rest else {}
+    return model, positional, dict(rest[0]) if rest else {}, *rest[1:]

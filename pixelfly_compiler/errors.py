@@ -41,6 +41,10 @@ class EmitError(PixelflyError):
     """Code for a GPU that cannot be emitted here."""
 
 
+class ExportError(PixelflyError):
+    """A program that cannot be packaged so that it runs by itself."""
+
+
 class UnknownSiteError(PlanError, KeyError):
     """A weight name that the plan does not have."""
 

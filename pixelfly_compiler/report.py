@@ -154,7 +154,7 @@ class Announcer:
         a piece of a model waits for its second run, when all others have been compiled.
         """
         if whole:
-            self._nothing_sparse(plan)
+            self.nothing_sparse(plan)
             return compiled
         runs = 0
 
@@ -162,12 +162,13 @@ class Announcer:
             nonlocal runs
             runs += 1
             if runs == 2 and not self._sparse:
-                self._nothing_sparse(plan)
+                self.nothing_sparse(plan)
             return compiled(*args)
 
         return run
 
-    def _nothing_sparse(self, plan: Plan) -> None:
+    def nothing_sparse(self, plan: Plan) -> None:
+        """A whole model stays dense."""
         if self._first_time("nothing" if not plan.entries else plan.digest):
             reason = "; ".join(plan.notes) or "every site is dense, pixelfly_compiler.plan(model, args) says why"
             log.warning("pixelfly: nothing was made sparse: %s", reason)
