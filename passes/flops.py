@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import checkpoint_body, placeholders
+from pixelfly_compiler.passes.weights import placeholders, sub_graphs
 
 
 def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
@@ -26,22 +26,28 @@ def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collecti
 
 
 def _add_flops(
-    module: GraphModule, origins: dict[Node, Node | None], matched: Collection[Node], flops: dict[Node, int]
+    module: GraphModule,
+    origins: dict[Node, Node | None],
+    matched: Collection[Node],
+    flops: dict[Node, int],
+    times: int = 1,
 ) -> None:
     """`origins`: each node that is computed from parameters alone -> a weight among them, if there is one."""
     for node in module.graph.nodes:
         sources = [origins[source] for source in node.all_input_nodes if source in origins]
         if not sources or node.op == "output":
             continue
-        if (body := checkpoint_body(module, node)) is not None:
-            inside = zip(placeholders(body), node.args[1:], strict=False)
-            _add_flops(body, {inner: origins[arg] for inner, arg in inside if arg in origins}, matched, flops)
+        if (inside := sub_graphs(module, node)) is not None:
+            for body in inside.bodies:
+                known = zip(placeholders(body), inside.operands, strict=False)
+                within = {inner: origins[operand] for inner, operand in known if operand in origins}
+                _add_flops(body, within, matched, flops, times * inside.times)
             continue
         origin = next((source for source in sources if source is not None), None)
         if len(sources) == len(node.all_input_nodes):
             origins[node] = origin
         if node not in matched and origin is not None:
-            flops[origin] += flops_of(node)
+            flops[origin] += times * flops_of(node)
 
 
 def flops_of(node: Node) -> int:

@@ -7,7 +7,7 @@
 
 Here blocks, u and v are what a `CompactWeight` computes of its factors, gamma included: elementwise, on compact data.
 Transposes of w are followed, and casts to another dtype, which then apply to blocks, u and v. A matmul as in any of
-`forms.PATTERNS` is folded, also in the body of an activation checkpoint. What else uses w keeps it, densified.
+`forms.PATTERNS` is folded, also in a sub-graph. What else uses w keeps it, densified.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
 
 
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:
-    """A weight handed into a checkpoint's body stays dense there: its factors are not at hand."""
+    """A weight handed into a sub-graph stays dense there: its factors are not at hand."""
     value = match.node.meta["example_value"]
     return match.module is module and match.dtype in KERNEL_DTYPES and has_kernels(value.device)
 

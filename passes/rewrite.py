@@ -12,7 +12,7 @@ which runs next, traces the graph anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.forms import Step
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
-from pixelfly_compiler.passes.weights import Region, value_of
+from pixelfly_compiler.passes.weights import Region, SubGraphs, placeholders, set_operands, sub_graphs, value_of
 
 PARTS = ("blocks", "u", "v", "index")
 
@@ -69,9 +69,9 @@ def rewrite(
         _replace(match, configs[match.site], inputs)
     for match in planned:
         erase_unused(match.weight)
-    modules = [gm, *{match.module for match in planned if match.module is not gm}]
+    _drop_unused_operands(gm)
     kept = inputs.drop_unused()
-    for module in modules:
+    for module in _graphs(gm):
         module.graph.lint()
         module.recompile()
     return Rewritten(kept, tuple(inputs.added), len(planned))
@@ -135,11 +135,11 @@ def erase_unused(node: Node) -> None:
 
 
 class _Inputs:
-    """The placeholders of a graph: adds those of compact weights, also to the bodies of activation checkpoints."""
+    """The placeholders of a graph: adds those of compact weights, also to sub-graphs."""
 
     def __init__(self, gm: GraphModule, weights: Mapping[str, int], share_basis: bool) -> None:
         self.gm, self.weights, self.share_basis = gm, weights, share_basis
-        self.placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self.placeholders = placeholders(gm)
         self.added: list[CompactInput] = []
         self._nodes: dict[tuple[GraphModule, CompactInput], Node] = {}
         self._shared: dict[tuple[object, ...], CompactInput] = {}
@@ -156,18 +156,21 @@ class _Inputs:
 
     def _placeholder(self, module: GraphModule, key: CompactInput) -> Node:
         if (module, key) not in self._nodes:
-            name = f"pixelfly_{key.part}_{len(self._nodes)}"
-            last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
-            with module.graph.inserting_after(last):
-                node = module.graph.placeholder(name)
-            node._dynamo_source = None  # AOTAutograd asks every placeholder for it
             if module is self.gm:
+                self._append(module, key)
                 self.added.append(key)
             else:
-                parent, call = _caller(self.gm, module)
-                call.args = (*call.args, self._placeholder(parent, key))
-            self._nodes[module, key] = node
+                parent, call, inside = _caller(self.gm, module)
+                set_operands(call, (*inside.operands, self._placeholder(parent, key)))
+                for body in inside.bodies:  # the other branch too
+                    self._append(body, key)
         return self._nodes[module, key]
+
+    def _append(self, module: GraphModule, key: CompactInput) -> None:
+        with module.graph.inserting_after(placeholders(module)[-1]):
+            node = module.graph.placeholder(f"pixelfly_{key.part}_{len(self._nodes)}")
+        node._dynamo_source = None  # AOTAutograd asks every placeholder for it
+        self._nodes[module, key] = node
 
     def drop_unused(self) -> tuple[int, ...]:
         """Remove the placeholders of weights that nothing uses any more; the positions of those that remain."""
@@ -177,15 +180,34 @@ class _Inputs:
         return tuple(i for i in range(len(self.placeholders)) if i not in dropped)
 
 
-def _caller(gm: GraphModule, body: GraphModule) -> tuple[GraphModule, Node]:
-    """The module and the node, somewhere in `gm`, that run `body` as a checkpoint."""
-    for module in gm.modules():
-        if not isinstance(module, GraphModule):
-            continue
+def _calls(gm: GraphModule) -> Iterator[tuple[GraphModule, Node, SubGraphs]]:
+    """Every node, in `gm` or below, that runs sub-graphs; outer ones first."""
+    for module in _graphs(gm):
         for node in module.graph.nodes:
-            attribute = node.args[0] if node.op == "call_function" and node.args else None
-            if not isinstance(attribute, Node) or attribute.op != "get_attr":
+            inside = sub_graphs(module, node)
+            if inside is not None:
+                yield module, node, inside
+
+
+def _graphs(gm: GraphModule) -> list[GraphModule]:
+    return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def _caller(gm: GraphModule, body: GraphModule) -> tuple[GraphModule, Node, SubGraphs]:
+    """The module and the node, somewhere in `gm`, that run `body`."""
+    return next(call for call in _calls(gm) if any(one is body for one in call[2].bodies))
+
+
+def _drop_unused_operands(gm: GraphModule) -> None:
+    """No body gets what none of them uses any more; the inner ones first."""
+    for _, call, inside in reversed(list(_calls(gm))):
+        used = []
+        for place, operand in enumerate(inside.operands):
+            inner = [placeholders(body)[place - len(inside.operands)] for body in inside.bodies]
+            if operand is None or any(node.users for node in inner):
+                used.append(operand)
                 continue
-            if getattr(module, str(attribute.target), None) is body:
-                return module, node
-    raise LookupError("a checkpoint's body without a caller")
+            for node in inner:
+                node.graph.erase_node(node)
+        if len(used) < len(inside.operands):
+            set_operands(call, used)

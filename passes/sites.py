@@ -174,8 +174,8 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
         region=None if region.is_all_of(shape) else region,
         bias=bias,
         addend=addend,
-        rows=math.prod(hint(size) for size in out.shape) // max(out_features, 1),
-        rows_expr=str(sympy.prod([_expression(size) for size in out.shape]) / max(out_features, 1)),
+        rows=use.times * math.prod(hint(size) for size in out.shape) // max(out_features, 1),
+        rows_expr=str(use.times * sympy.prod([_expression(size) for size in out.shape]) / max(out_features, 1)),
         dtype=out.dtype,
     )
 
@@ -270,6 +270,9 @@ _HINTS = {
     "bmm": "which multiplies with several matrices at once",
     "grouped_mm": "which multiplies with several matrices at once",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
+    "scan": "which takes it apart, or changes it, step by step",
+    "map_impl": "which takes it apart",
+    "while_loop": "which changes it",
     "_weight_norm": "which computes the weight of the matmul from it",
 }
 

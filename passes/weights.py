@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -156,12 +157,13 @@ def overlap(a: Sequence[range], b: Sequence[range]) -> bool:
 
 @dataclass(frozen=True)
 class Use:
-    """One node that consumes the weight as `operand`: the `view` of it, on the meta device."""
+    """One node that consumes the weight as `operand`: the `view` of it, on the meta device. A loop runs it `times`."""
 
     module: GraphModule
     user: Node
     operand: Node
     view: Tensor
+    times: int = 1
 
     def reaches(self, without_gradients: Collection[Node]) -> bool:
         """Do the gradients of what the node computes reach the weight? A view made under `no_grad` is in their way."""
@@ -232,28 +234,29 @@ def called(node: Node) -> str:
 
 def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
     """Every use of the parameter of this shape that `node` carries."""
-    yield from _uses(module, node, torch.empty(tuple(shape), device="meta"))
+    yield from _uses(module, node, torch.empty(tuple(shape), device="meta"), 1)
 
 
-def _uses(module: GraphModule, node: Node, view: Tensor) -> Iterator[Use]:
-    """Follow the weight through views, copies and casts, and into activation checkpoints."""
+def _uses(module: GraphModule, node: Node, view: Tensor, times: int) -> Iterator[Use]:
+    """Follow the weight through views, copies and casts, and into sub-graphs."""
     for user in node.users:
-        if (body := checkpoint_body(module, user)) is not None:
-            for argument, inner in zip(user.args[1:], placeholders(body), strict=False):
-                if argument is node:
-                    yield from _uses(body, inner, view)
+        if (inside := sub_graphs(module, user)) is not None:
+            for body, inner in inside.carrying(node):
+                yield from _uses(body, inner, view, times * inside.times)
+            if tree_leaves(user.args).count(node) > inside.operands.count(node):
+                yield Use(module, user, node, view, times)
         elif _is_copy(user, node):
-            yield from _uses(module, user, view)
+            yield from _uses(module, user, view, times)
         elif isinstance(seen := _seen_through(user, node, view), Tensor):
-            yield from _uses(module, user, seen)
+            yield from _uses(module, user, seen, times)
         elif seen is not None:
             for item in user.users:  # chunks of the weight: each is taken out by an index
                 if is_call(item, (operator.getitem,)) and isinstance(item.args[1], int):
-                    yield from _uses(module, item, seen[item.args[1]])
+                    yield from _uses(module, item, seen[item.args[1]], times)
                 else:
-                    yield Use(module, item, user, view)
+                    yield Use(module, item, user, view, times)
         else:
-            yield Use(module, user, node, view)
+            yield Use(module, user, node, view, times)
 
 
 def _is_copy(user: Node, node: Node) -> bool:
@@ -294,14 +297,88 @@ def _is_view_of(result: object, view: Tensor) -> bool:
     return result.untyped_storage()._cdata == view.untyped_storage()._cdata
 
 
+# ---- sub-graphs ----
+
+
+@dataclass(frozen=True)
+class SubGraphs:
+    """The bodies that a higher-order operator runs. `operands` are what each of their placeholders stands for, in
+    order; None for what a body does not get as it is: a value that a loop carries, or a slice.
+
+    A body runs `times` times, 1 where that depends on data.
+    """
+
+    bodies: tuple[GraphModule, ...]
+    operands: tuple[object, ...]
+    times: int = 1
+
+    def carrying(self, node: Node) -> Iterator[tuple[GraphModule, Node]]:
+        """Every body with its placeholder for `node`."""
+        for body in self.bodies:
+            for operand, inner in zip(self.operands, placeholders(body), strict=False):
+                if operand is node:
+                    yield body, inner
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which arguments are the bodies, and which are lists of what a loop carries or slices, or of plain operands."""
+
+    bodies: tuple[int, ...]
+    changing: tuple[int, ...]
+    plain: int
+
+
 _CHECKPOINTS = ("tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint")
+_LAYOUTS = {
+    "cond": _Layout((1, 2), (), 3),
+    "while_loop": _Layout((0, 1), (2,), 3),
+    "scan": _Layout((0,), (1, 2), 3),
+    "map_impl": _Layout((0,), (1,), 2),
+}
+_SLICED = {"scan": 2, "map_impl": 1}  # the argument whose tensors have a slice for each run
 
 
-def checkpoint_body(module: GraphModule, node: Node) -> GraphModule | None:
-    """The body of an activation checkpoint called here and nowhere else; its placeholders are args[1:], in order."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in _CHECKPOINTS:
+def sub_graphs(module: GraphModule, node: Node) -> SubGraphs | None:
+    """The bodies of an activation checkpoint, a branch or a loop, if they are run here and nowhere else.
+
+    Not those of an `autograd.Function`: its backward is written for the weight as it is.
+    """
+    if not isinstance(node.target, HigherOrderOperator):
         return None
-    attribute = node.args[0] if node.args else None
+    name = node.target.name()
+    layout = _LAYOUTS.get(name)
+    if layout is None and name not in _CHECKPOINTS:
+        return None
+    bodies = [_body(module, node.args[place]) for place in (layout.bodies if layout else (0,))]
+    if any(body is None for body in bodies):
+        return None
+    found = tuple(body for body in bodies if body is not None)
+    if layout is None:
+        return SubGraphs(found, node.args[1:])
+    changing = [None for place in layout.changing for _ in _listed(node, place)]
+    sliced = _listed(node, _SLICED[name]) if name in _SLICED else ()
+    value = value_of(sliced[0]) if sliced else None
+    times = 1 if value is None or not isinstance(value.shape[0], int) else value.shape[0]
+    return SubGraphs(found, (*changing, *_listed(node, layout.plain)), times)
+
+
+def set_operands(call: Node, operands: Sequence[object]) -> None:
+    """Give the bodies that `call` runs these `SubGraphs.operands`."""
+    layout = _LAYOUTS.get(call.target.name())  # type: ignore[union-attr]
+    if layout is None:
+        call.args = (call.args[0], *operands)  # type: ignore[assignment]
+    else:
+        changing = sum(len(_listed(call, place)) for place in layout.changing)
+        call.update_arg(layout.plain, list(operands[changing:]))  # type: ignore[arg-type]
+
+
+def _listed(node: Node, place: int) -> tuple[object, ...]:
+    argument = node.args[place]
+    return tuple(argument) if isinstance(argument, tuple | list) else ()
+
+
+def _body(module: GraphModule, attribute: object) -> GraphModule | None:
     if not isinstance(attribute, Node) or attribute.op != "get_attr" or len(attribute.users) != 1:
         return None
     body = getattr(module, str(attribute.target), None)
