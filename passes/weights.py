@@ -367,10 +367,11 @@ def set_operands(call: Node, operands: Sequence[object]) -> None:
     """Give the bodies that `call` runs these `SubGraphs.operands`."""
     layout = _LAYOUTS.get(call.target.name())  # type: ignore[union-attr]
     if layout is None:
-        call.args = (call.args[0], *operands)  # type: ignore[assignment]
+        call.args = (call.args[0], *operands)  # type: ignore[arg-type]
     else:
         changing = sum(len(_listed(call, place)) for place in layout.changing)
-        call.update_arg(layout.plain, list(operands[changing:]))  # type: ignore[arg-type]
+        kind = tuple if isinstance(call.args[layout.plain], tuple) else list  # they are particular about it
+        call.update_arg(layout.plain, kind(operands[changing:]))  # type: ignore[arg-type]
 
 
 def _listed(node: Node, place: int) -> tuple[object, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,13 +29,14 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, raised_as_they_are
 from pixelfly_compiler.kernels.gpus import why_no_kernels
+from pixelfly_compiler.names import dense_if_shared, names_of, origin_of
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_of
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import parameter_names, placeholders
+from pixelfly_compiler.passes.weights import placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
 from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
@@ -59,12 +59,13 @@ def pixelfly(
     """Compile a Dynamo graph with its planned matmuls made sparse. `options`: those of `Config`, and Inductor's own."""
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
-    whole = _is_whole_model(gm)
+    origin = origin_of(gm)
     gm = split_joined_weights(open_composites(own_copy(gm)))
     replace_attention(gm)
     folded = fold_densify(gm, has_kernels)
-    names = parameter_names(gm, example_inputs)
+    names = names_of(gm, example_inputs, origin)
     found = dense_without_kernels(find_sites(gm, example_inputs, names))
+    found = dense_if_shared(found, gm, example_inputs, origin, config)
     asked = len(inductor_options) < len(options or {})
     settled = set() if asked else settled_weights(names, placeholders(gm), example_inputs)
     found = dense_if_settled(found, settled)
@@ -74,14 +75,14 @@ def pixelfly(
     if not configs and (folded or settled):
         return inductor(gm, example_inputs, patches)
     if not configs:
-        return announcer.watch(inductor(gm, example_inputs, patches), plan, whole)
+        return announcer.watch(inductor(gm, example_inputs, patches), plan, origin.whole)
     planned = {name: example_inputs[weights[parameter_of(name)]] for name in configs}
     _check_basis(plan, list(planned.values()))
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _mark_lasting(gm, rewritten, training=any(weight.requires_grad for weight in planned.values()))
     _trace(plan)
-    announcer.sparse(plan, found, planned, whole)
+    announcer.sparse(plan, found, planned, origin.whole)
     inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
     compiled = inductor(gm, inputs, patches)
 
@@ -116,23 +117,6 @@ def _copy_of_graph(gm: GraphModule) -> GraphModule:
     own = GraphModule(gm, copy.deepcopy(gm.graph))
     own.meta = dict(gm.meta)
     return own
-
-
-def _is_whole_model(gm: GraphModule) -> bool:
-    """Is this graph all of what `torch.compile` was called on? After a graph break it is only a piece.
-
-    Where Dynamo gives up on a function it compiles the functions called in it: they are pieces too. Then there is
-    a function of the model's own on the stack, between the entrance of the compiled model and us.
-    """
-    if getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False):
-        return False
-    torch_folder = str(Path(torch.__file__).parent)
-    frame = sys._getframe(3)  # above `pixelfly` and its decorator
-    while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        if not frame.f_code.co_filename.startswith(torch_folder):
-            return False
-        frame = frame.f_back  # type: ignore[assignment]
-    return True
 
 
 def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...]) -> list[Any]:

@@ -706,7 +706,7 @@ def test_float64_is_dense_unless_forced() -> None:
 
 def test_devices_without_kernels_stay_dense() -> None:
     site = Site("w", (64, 64), 64, 64, False, 8, "8", "w", "float32", "mps")
-    found = backend._dense_without_kernels(Found((site,), (), ()))
+    found = backend.dense_without_kernels(Found((site,), (), ()))
     assert "no kernels for device 'mps'" in str(found.sites[0].reason)
 
 

@@ -20,7 +20,10 @@ from pixelfly_compiler.plan import plan, project, project_
 
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True}
 
-pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore::UserWarning")]
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

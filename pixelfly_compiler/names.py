@@ -1,0 +1,108 @@
+"""What the compiled model calls the weights of a graph, also where Dynamo broke the model into pieces.
+
+After a graph break Dynamo sees a function of some submodule, and names weights from there. The compiled module itself
+is on the stack while a graph is compiled, and knows its parameters by identity.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
+
+from pixelfly_compiler.config import Config
+from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
+from pixelfly_compiler.passes.weights import own_name, parameter_names, parameter_names_by_identity
+
+_TORCH = str(Path(torch.__file__).parent)
+_ENTRANCE = "compile_wrapper"  # the function of Dynamo's that a call of compiled code goes through
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a graph is from. `root`: the module that `torch.compile` was called on, None for a function.
+
+    `whole`: is the graph all of it? After a graph break it is only a piece. Where Dynamo gives up on a function it
+    compiles the functions called in it: they are pieces too.
+    """
+
+    root: nn.Module | None
+    whole: bool
+
+
+def origin_of(gm: GraphModule) -> Origin:
+    """Looks up the stack: to be called while a backend runs."""
+    broken = getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False)
+    frame: FrameType | None = sys._getframe(3)  # above the backend and its decorator
+    while frame is not None and frame.f_code.co_name != _ENTRANCE:
+        # A function of the model's own, between the entrance and us.
+        broken = broken or not frame.f_code.co_filename.startswith(_TORCH)
+        frame = frame.f_back
+    return Origin(_root_above(frame), not broken)
+
+
+def _root_above(frame: FrameType | None) -> nn.Module | None:
+    """The outermost compiled module that is being called."""
+    root = None
+    while frame is not None:
+        caller = frame.f_back
+        if frame.f_code.co_name == _ENTRANCE and caller is not None and caller.f_code.co_filename.startswith(_TORCH):
+            module = caller.f_locals.get("self")
+            root = getattr(module, "_orig_mod", module) if isinstance(module, nn.Module) else root
+        frame = caller
+    return root.module if isinstance(root, DistributedDataParallel) else root
+
+
+def names_of(gm: GraphModule, example_inputs: Sequence[object], origin: Origin) -> dict[str, str]:
+    """Placeholder name -> parameter name, as the compiled module calls it if there is one."""
+    if origin.root is None:
+        return parameter_names(gm, example_inputs)
+    return parameter_names_by_identity(gm, example_inputs, origin.root)
+
+
+def dense_if_shared(found: Found, gm: GraphModule, inputs: Sequence[object], origin: Origin, config: Config) -> Found:
+    """Code of a submodule may run for others of its class too, with their weights: what the user decides by name must
+    then be the same for all of them, or the weight stays dense.
+    """
+    if origin.root is None:
+        return found
+    local, names = parameter_names(gm, inputs), names_of(gm, inputs, origin)
+    places = {names[node]: _namesakes(origin.root, names[node], local[node]) for node in names}
+    return replace(found, sites=tuple(_dense_if_split(site, places[site.parameter], config) for site in found.sites))
+
+
+def _namesakes(root: nn.Module, name: str, local: str) -> list[str]:
+    """The weights that the same code may run with: `local` in each submodule of the same class."""
+    owner = name.removesuffix(local)
+    if not owner.endswith("."):
+        return [name]  # found in the root itself
+    modules = {own_name(f"{path}.")[:-1]: module for path, module in root.named_modules()}
+    kind = type(modules[owner[:-1]])
+    parameters = {own_name(path): weight for path, weight in root.named_parameters(remove_duplicate=False)}
+    others = [f"{path}.{local}" for path, module in modules.items() if type(module) is kind]
+    return [other for other in others if other in parameters and parameters[other].shape == parameters[name].shape]
+
+
+def _dense_if_split(site: Site, names: Sequence[str], config: Config) -> Site:
+    if site.reason is not None:
+        return site
+    decisions: Mapping[str, object] = {name: _decision(site, name, config) for name in names}
+    other = next((name for name in names if decisions[name] != decisions.get(site.parameter)), None)
+    if other is None:
+        return site
+    return replace(site, reason=f"after a graph break its code also runs for {other}, which is decided otherwise")
+
+
+def _decision(site: Site, name: str, config: Config) -> SiteConfig | str | None:
+    """What the user says of a weight that stands where that of the site does."""
+    if config.plan is None:
+        return "dense" if config.excludes((name,)) else None
+    entry = config.plan.find(name + site.label, site.weight_shape)
+    return None if entry is None else entry.config

@@ -1,0 +1,105 @@
+"""Names after graph breaks: those of the compiled model, and one decision where code serves several layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
+
+from pixelfly_compiler import backend
+from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.plan import plan, project_
+
+OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True}
+
+pytestmark = [pytest.mark.usefixtures("fresh_dynamo"), pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The plan of each graph that becomes sparse. They run by AOTAutograd without Inductor, node by node."""
+    made: list[Plan] = []
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    monkeypatch.setattr(backend, "_trace", made.append)
+    return made
+
+
+def sparse_names(plans: list[Plan]) -> set[str]:
+    return {entry.name for made in plans for entry in made.sparse}
+
+
+class Layer(nn.Module):
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.broken = nn.Linear(64, 128), nn.Linear(128, 64), broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.up(x))
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.down(x)
+
+
+class Model(nn.Module):
+    """Breaks between its layers, or inside of each."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(inside) for _ in range(3)])
+        self.head, self.inside = nn.Linear(64, 64), inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        if not self.inside:
+            torch._dynamo.graph_break()
+        x = self.layers[1](x)
+        if not self.inside:
+            torch._dynamo.graph_break()
+        return self.head(self.layers[2](x).sin())  # no loop: Dynamo gives up on one with a break in it
+
+
+def test_names_are_the_models_between_breaks(plans: list[Plan]) -> None:
+    model, x = Model(inside=False), torch.randn(8, 64)
+    options = {**OPTIONS, "exclude": ("layers.0.*", "*.1.up.*")}
+    torch.compile(model, backend="pixelfly", options=options)(x)
+    assert sparse_names(plans) == {
+        "layers.1.down.weight",
+        "layers.2.up.weight",
+        "layers.2.down.weight",
+        "head.weight",
+    }
+
+
+def test_a_plan_is_followed_by_name_in_every_piece() -> None:
+    model, x = Model(inside=False), torch.randn(8, 64)
+    made = plan(model, x, include=("layers.2.*", "head.*"), **OPTIONS)
+    assert {entry.name for entry in made.sparse} == {"layers.2.up.weight", "layers.2.down.weight", "head.weight"}
+    ours = torch.compile(model, backend="pixelfly", options={"plan": made})(x)
+    torch.testing.assert_close(ours, project_(copy.deepcopy(model), made)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [False, True])
+def test_code_that_serves_several_layers_makes_none_sparse_that_is_excluded(plans: list[Plan], method: bool) -> None:
+    model, x = Model(inside=True), torch.randn(8, 64)
+    options = {**OPTIONS, "exclude": "layers.2.*"}
+    if method:
+        model.compile(backend="pixelfly", options=options)
+    (model if method else torch.compile(model, backend="pixelfly", options=options))(x)
+    assert sparse_names(plans) == {"head.weight"}
+
+
+def test_code_that_serves_several_layers_is_sparse_where_they_agree(plans: list[Plan]) -> None:
+    model, x = Model(inside=True), torch.randn(8, 64)
+    torch.compile(model, backend="pixelfly", options={**OPTIONS, "exclude": "layers.*.down.*"})(x)
+    assert {name.split(".")[-2] for name in sparse_names(plans)} == {"up", "head"}
+
+
+def test_a_layer_compiled_by_itself_has_the_name_that_the_model_gives_it(plans: list[Plan]) -> None:
+    model, x = Model(inside=True), torch.randn(8, 64)
+    model.layers[1] = torch.compile(model.layers[1], backend="eager")
+    torch.compile(model, backend="pixelfly", options={**OPTIONS, "exclude": "layers.1.*"})(x)
+    assert sparse_names(plans) == {"head.weight"}
