@@ -1,0 +1,44 @@
+"""Compiler caches: a new process compiles nothing again, forward or backward, unless what is compiled has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEP = """
+import json, sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+import pixelfly_compiler
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+options = {"budget": float(sys.argv[1]), "force": True}
+torch.compile(model, backend="pixelfly", options=options)(torch.randn(32, 64)).sum().backward()
+caches = {"aot_autograd": "autograd_cache", "inductor": "fxgraph_cache"}
+print(json.dumps({f"{name}_{kind}": counters[group][f"{name}_{kind}"]
+                  for group, name in caches.items() for kind in ("hit", "miss", "bypass")}))
+"""
+
+
+def step(caches: Path, budget: float) -> dict[str, int]:
+    """What the caches counted in a training step of a fresh interpreter."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches)}
+    command = [sys.executable, "-W", "ignore", "-c", STEP, str(budget)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    counted: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return counted
+
+
+@pytest.mark.slow
+def test_a_new_process_compiles_nothing_again_until_an_option_changes(tmp_path: Path) -> None:
+    cold, warm, changed = step(tmp_path, 0.5), step(tmp_path, 0.5), step(tmp_path, 0.25)
+    assert cold["fxgraph_cache_miss"] == warm["fxgraph_cache_hit"] == changed["fxgraph_cache_miss"] == 2, "both graphs"
+    assert cold["fxgraph_cache_hit"] == warm["fxgraph_cache_miss"] == changed["fxgraph_cache_hit"] == 0
+    assert warm["autograd_cache_hit"] == 1
