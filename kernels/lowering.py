@@ -35,16 +35,18 @@ def _module(device: torch.device) -> ModuleType | None:
     return None
 
 
-def _lower_linear(x: Any, *args: Any) -> Any:
-    module = _module(x.get_device())
-    lowered = module.lower_linear(x, *args) if module else None
-    return lowered or _fallback(torch.ops.pixelfly.linear.default)(x, *args)
+_BY_DEVICE = ("linear", "block_grad", "grouped_linear", "grouped_block_grad")
 
 
-def _lower_block_grad(a: Any, *args: Any) -> Any:
-    module = _module(a.get_device())
-    lowered = module.lower_block_grad(a, *args) if module else None
-    return lowered or _fallback(torch.ops.pixelfly.block_grad.default)(a, *args)
+def _overload(name: str) -> Any:
+    return getattr(torch.ops.pixelfly, name).default
+
+
+def _lower(name: str, x: Any, *args: Any) -> Any:
+    """`lower_<name>` of the device. GPUs have none for weights of several matrices yet."""
+    function = getattr(_module(x.get_device()), f"lower_{name}", None)
+    lowered = function(x, *args) if function else None
+    return lowered or _fallback(_overload(name))(x, *args)
 
 
 def _lower_attention(q: Any, *args: Any) -> Any:
@@ -73,8 +75,7 @@ def _fallback(op: Any) -> Callable[..., Any]:
 
 def _lowered() -> dict[Any, Callable[..., Any]]:
     return {
-        torch.ops.pixelfly.linear.default: _lower_linear,
-        torch.ops.pixelfly.block_grad.default: _lower_block_grad,
+        **{_overload(name): functools.partial(_lower, name) for name in _BY_DEVICE},
         torch.ops.pixelfly.attention.default: _lower_attention,
         torch.ops.pixelfly.attention_backward.default: _lower_attention_backward,
     }

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -198,10 +199,64 @@ def lower_linear(
     bias: TensorBox | None = None,
 ) -> tuple[TensorBox, TensorBox] | None:
     """(y, t), or None where the template does not apply."""
+    return _lower_products(x, blocks, u, v, index, features, transposed, bias=bias)
+
+
+def lower_grouped_linear(
+    x: TensorBox,
+    blocks: TensorBox,
+    u: TensorBox | None,
+    v: TensorBox | None,
+    ends: TensorBox | None,
+    index: TensorBox | None,
+    features: int,
+    transposed: bool,
+) -> tuple[TensorBox, TensorBox] | None:
+    """(y, t), or None where the template does not apply."""
+    if not is_static(*blocks.get_size()) or not _are_int32(ends):
+        return None
+    groups, nnz, b_out, b_in = map(int, blocks.get_size())
+    own = {"own_u": u is not None and len(u.get_size()) == 3, "own_v": v is not None and len(v.get_size()) == 3}
+    blocks = L[torch.ops.aten.view](contiguous(blocks), [groups * nnz, b_out, b_in])
+    return _lower_products(
+        x, blocks, _stacked(u), _stacked(v), index, features, transposed, groups=groups, own=own, ends=ends
+    )
+
+
+def _are_int32(ends: TensorBox | None) -> bool:
+    return ends is None or ends.get_dtype() == torch.int32
+
+
+def _stacked(factor: TensorBox | None) -> TensorBox | None:
+    """(groups, n, r) as (groups * n, r)."""
+    if factor is None or len(factor.get_size()) == 2:
+        return factor
+    groups, n, rank = factor.get_size()
+    return L[torch.ops.aten.view](contiguous(factor), [groups * n, rank])
+
+
+def _lower_products(
+    x: TensorBox,
+    blocks: TensorBox,
+    u: TensorBox | None,
+    v: TensorBox | None,
+    index: TensorBox | None,
+    features: int,
+    transposed: bool,
+    *,
+    bias: TensorBox | None = None,
+    groups: int = 0,
+    own: Mapping[str, bool] = MappingProxyType({"own_u": False, "own_v": False}),
+    ends: TensorBox | None = None,
+) -> tuple[TensorBox, TensorBox] | None:
+    """(y, t) of one weight, or of each of `groups` stacked ones with its own rows.
+
+    `own` says whose factors are stacked; `ends` is where the rows of each group end, None if all are of equal size.
+    """
     *lead, k = x.get_size()
-    nnz, b_out, b_in = blocks.get_size()
+    stacked, b_out, b_in = blocks.get_size()
     rank = 0 if v is None else v.get_size()[1]
-    supported = x.get_dtype() in _DTYPES and is_static(k, nnz, b_out, b_in, rank, features) and nnz > 0
+    supported = x.get_dtype() in _DTYPES and is_static(k, stacked, b_out, b_in, rank, features) and stacked > 0
     if not supported or b_out % 16 or b_in % 16 or rank % 16:
         return None
     rows = sympy_product(lead)
@@ -215,10 +270,20 @@ def lower_linear(
         inputs["T"] = t
     if bias is not None:
         inputs["BIAS"] = contiguous(bias)
+    if ends is not None:
+        inputs["ENDS"] = contiguous(ends)
     if index is not None:
         inputs["INDEX"] = contiguous(index)
+    nnz, each = stacked // max(groups, 1), rows if not groups or ends is not None else rows // groups
     params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
-    params |= {"stores_t": stores_t, "has_bias": bias is not None}
+    params |= _few_rows(None if ends is not None else each, transposed)
+    params |= {
+        "stores_t": stores_t,
+        "has_bias": bias is not None,
+        "groups": groups,
+        "has_ends": ends is not None,
+        **own,
+    }
     y = call("linear", inputs, [rows, features], params, ["T"] if stores_t else [])
     view = L[torch.ops.aten.view]
     return view(y, [*lead, features]), view(t, [*lead, rank])
@@ -227,15 +292,11 @@ def lower_linear(
 def _linear_params(
     x: TensorBox, nnz: int, b_out: int, b_in: int, rank: int, features: int, transposed: bool, dense: bool
 ) -> dict[str, Any]:
-    rows, k = x.get_size()
+    k = x.get_size()[1]
     block_k, block_n = (b_out, b_in) if transposed else (b_in, b_out)
     out_features, in_features = (k, features) if transposed else (features, k)
     out_blocks, in_blocks = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
     crow_t = out_blocks + 1 + 2 * nnz
-    static_rows = isinstance(rows, (int, sympy.Integer))
-    few_rows = _FEW_ROWS if not transposed and not (static_rows and rows > _FEW_ROWS) else 0
-    if static_rows and few_rows:
-        few_rows = int(rows)
     return {
         "N": features,
         "K": k,
@@ -251,15 +312,60 @@ def _linear_params(
         "crow_at": crow_t if transposed else 0,
         "col_at": crow_t + in_blocks + 1 if transposed else out_blocks + 1,
         "slot_at": crow_t + in_blocks + 1 + nnz if transposed else 0,
-        "few_rows": few_rows,
-        "many_rows": not (static_rows and few_rows),
     }
+
+
+def _few_rows(rows: Any, transposed: bool) -> dict[str, Any]:
+    """Which ways through the template there are, for so many rows of x; None if they are known only when it runs."""
+    static = is_static(rows)
+    few_rows = _FEW_ROWS if not transposed and not (static and rows > _FEW_ROWS) else 0
+    if static and few_rows:
+        few_rows = int(rows)
+    return {"few_rows": few_rows, "many_rows": not (static and few_rows)}
 
 
 def lower_block_grad(
     a: TensorBox, x: TensorBox, t: TensorBox | None, index: TensorBox | None, b_out: int, b_in: int
 ) -> tuple[TensorBox, TensorBox] | None:
     """The gradients of blocks and u, or None where the template does not apply."""
+    return _lower_gradients(a, x, t, index, b_out, b_in)
+
+
+def lower_grouped_block_grad(
+    a: TensorBox,
+    x: TensorBox,
+    t: TensorBox | None,
+    ends: TensorBox | None,
+    index: TensorBox | None,
+    groups: int,
+    b_out: int,
+    b_in: int,
+) -> tuple[TensorBox, TensorBox] | None:
+    """The gradients of blocks and u of each group, or None where the template does not apply."""
+    stacked = _lower_gradients(a, x, t, index, b_out, b_in, groups=groups, ends=ends) if _are_int32(ends) else None
+    if stacked is None:
+        return None
+    return _unstacked(stacked[0], groups), _unstacked(stacked[1], groups)
+
+
+def _unstacked(part: TensorBox, groups: int) -> TensorBox:
+    """(groups * n, ...) as (groups, n, ...)."""
+    n, *rest = part.get_size()
+    return L[torch.ops.aten.view](part, [groups, n // groups, *rest])
+
+
+def _lower_gradients(
+    a: TensorBox,
+    x: TensorBox,
+    t: TensorBox | None,
+    index: TensorBox | None,
+    b_out: int,
+    b_in: int,
+    *,
+    groups: int = 0,
+    ends: TensorBox | None = None,
+) -> tuple[TensorBox, TensorBox] | None:
+    """The gradients of blocks and u, of one weight or stacked those of `groups`; see `_lower_products`."""
     out_features = a.get_size()[1]
     in_features = x.get_size()[1]
     rank = 0 if t is None else t.get_size()[1]
@@ -272,7 +378,10 @@ def lower_block_grad(
     if nnz == 0:
         return None
     inputs = {"A": row_major(a), "X": row_major(x)} | ({} if index is None else {"INDEX": contiguous(index)})
-    gu = empty(a, [out_features, rank])
+    count = max(groups, 1)
+    gu = empty(a, [count * out_features, rank])
+    if ends is not None:
+        inputs["ENDS"] = contiguous(ends)
     rank = rank if is_read(1) else 0
     if rank:
         inputs |= {"T": contiguous(t), "GU": gu}
@@ -288,6 +397,8 @@ def lower_block_grad(
         "dense": index is None,
         "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
         "chunk": min(8, nnz),
+        "groups": groups,
+        "has_ends": ends is not None,
     }
-    flat = call("block_grad", inputs, [nnz * b_out, b_in], params, ["GU"] if rank else [])
-    return L[torch.ops.aten.view](flat, [nnz, b_out, b_in]), gu
+    flat = call("block_grad", inputs, [count * nnz * b_out, b_in], params, ["GU"] if rank else [])
+    return L[torch.ops.aten.view](flat, [count * nnz, b_out, b_in]), gu

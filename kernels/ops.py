@@ -77,11 +77,16 @@ def _(
     transposed: bool,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    for name, other in (("blocks", blocks), ("u", u), ("v", v), ("bias", bias)):
-        if other is not None and other.dtype != x.dtype:
-            raise RuntimeError(f"pixelfly::linear: x is {x.dtype} but {name} is {other.dtype}; cast one of them")
+    check_dtypes("linear", x, blocks=blocks, u=u, v=v, bias=bias)
     rank = 0 if v is None else v.shape[1]
     return x.new_empty(*x.shape[:-1], features), x.new_empty(*x.shape[:-1], rank)
+
+
+def check_dtypes(operator: str, x: Tensor, **others: Tensor | None) -> None:
+    """Raise unless x and the others, by name, are of one type."""
+    for name, other in others.items():
+        if other is not None and other.dtype != x.dtype:
+            raise RuntimeError(f"pixelfly::{operator}: x is {x.dtype} but {name} is {other.dtype}; cast one of them")
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -97,7 +102,7 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
     gx = gblocks = gu = gv = gbias = None
     if gy is not None:
         if any(ctx.needs_input_grad[7:]):  # the last one; not there where a call leaves it out
-            gbias = _rows(gy).sum(0)
+            gbias = rows_of(gy).sum(0)
         # s = gy u, the gradient of t, comes with the input gradient: the transposed operator's own t.
         s = None
         if need_x:
@@ -107,24 +112,28 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
         if need_blocks:
             a, b = (x, gy) if ctx.transposed else (gy, x)
             # gu comes with it, unless gy is on the other side.
-            beside = _rows(t) if need_u and not ctx.transposed else None
-            gblocks, with_blocks = torch.ops.pixelfly.block_grad(_rows(a), _rows(b), beside, index, *blocks.shape[1:])
+            beside = rows_of(t) if need_u and not ctx.transposed else None
+            gblocks, with_blocks = torch.ops.pixelfly.block_grad(
+                rows_of(a), rows_of(b), beside, index, *blocks.shape[1:]
+            )
             gu = None if beside is None else with_blocks
         if need_u and gu is None:
             gu = tall_product(gy, t)
         if need_v and s is not None:
             gv = tall_product(x, s)
     if gt is not None and v is not None:
-        gx = _add(gx, gt @ v.mT) if need_x else None
-        gv = _add(gv, tall_product(x, gt)) if need_v else None
+        gx = add(gx, gt @ v.mT) if need_x else None
+        gv = add(gv, tall_product(x, gt)) if need_v else None
     return gx, gblocks, gu, gv, None, None, None, gbias
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., features) as (rows, features)."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _add(a: Tensor | None, b: Tensor) -> Tensor:
+def add(a: Tensor | None, b: Tensor) -> Tensor:
+    """The sum of the parts of a gradient, of which the first may be missing."""
     return b if a is None else a + b
 
 
@@ -206,7 +215,7 @@ def _block_grad_backward(ctx: Any, g: Tensor | None, gu: Tensor | None) -> tuple
         if need_x:
             gx = torch.ops.pixelfly.linear(a, g, None, None, index, x.shape[1], True)[0]
     if gu is not None and t is not None:
-        ga = _add(ga, t @ gu.mT) if need_a else None
+        ga = add(ga, t @ gu.mT) if need_a else None
         gt = a @ gu if need_t else None
     return ga, gx, gt, None, None, None
 
@@ -216,7 +225,7 @@ _block_grad.register_autograd(_block_grad_backward, setup_context=_block_grad_se
 
 def tall_product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b for a (..., n) and b (..., r) with r small: (n, r), as a block gradient whose blocks are all kept."""
-    a, b = _rows(a), _rows(b)
+    a, b = rows_of(a), rows_of(b)
     rows = 64 if a.shape[1] >= 64 else 16
     blocks, _ = torch.ops.pixelfly.block_grad(a, b, None, None, rows, b.shape[1])
     return blocks.reshape(-1, b.shape[1])[: a.shape[1]]

@@ -186,6 +186,13 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def project_each(weight: Tensor, project: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`project` of a weight (out, in), or of each matrix of (n, out, in), and the results stacked."""
+    if weight.dim() == 2:
+        return project(weight)
+    return tuple(torch.stack(parts) for parts in zip(*map(project, weight), strict=True))
+
+
 # ---- best basis ----
 
 

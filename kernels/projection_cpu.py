@@ -67,27 +67,38 @@ class Projector:
         return v.contiguous(), v.t().contiguous()
 
     def project(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(blocks, u) in `dtype` of a dense weight (out, in), computed in at least fp32."""
-        library = self._native(weight, dtype)
-        if library is None:
-            rows, cols = self._index
-            blocks, u = projection.project_fixed(weight, self.v, self.gram_inv, rows, cols, self.support.block)
-            return blocks.to(dtype).contiguous(), u.to(dtype).contiguous()
-        block = self.support.block
-        blocks = torch.empty(self.support.nnz, block, block, dtype=dtype)
-        u = torch.empty(self.support.out_features, self.v.shape[1], dtype=dtype)
-        self._run(library.project, weight, blocks, u)
+        """(blocks, u) in `dtype` of a dense weight, (out, in) or several (n, out, in), computed in at least fp32."""
+        block, count = self.support.block, weight.shape[:-2]
+        blocks = torch.empty(*count, self.support.nnz, block, block, dtype=dtype, device=weight.device)
+        u = torch.empty(*count, self.support.out_features, self.v.shape[1], dtype=dtype, device=weight.device)
+        for parts in zip(_each(weight, 2), _each(blocks, 3), _each(u, 2), strict=True):
+            self._project(*parts)
         return blocks, u
 
+    def _project(self, weight: Tensor, blocks: Tensor, u: Tensor) -> None:
+        library = self._native(weight, blocks.dtype)
+        if library is not None:
+            self._run(library.project, weight, blocks, u)
+            return
+        rows, cols = self._index
+        made = projection.project_fixed(weight, self.v, self.gram_inv, rows, cols, self.support.block)
+        blocks.copy_(made[0])
+        u.copy_(made[1])
+
     def adjoint(self, g_blocks: Tensor, g_u: Tensor, like: Tensor) -> Tensor:
-        """The gradient of the weight, (out, in) with the dtype and strides of `like`, from those of (blocks, u)."""
-        library = self._native(like, g_blocks.dtype) if g_blocks.dtype == g_u.dtype else None
-        if library is None:
-            gradient = projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, *self._index)
-            return torch.empty_like(like).copy_(gradient)
+        """The gradient of the weight, with shape, dtype and strides of `like`, from those of (blocks, u)."""
         gradient = torch.empty_like(like)
-        self._run(library.adjoint, gradient, g_blocks.contiguous(), g_u.contiguous())
+        g_blocks, g_u = g_blocks.contiguous(), g_u.contiguous()
+        for parts in zip(_each(gradient, 2), _each(g_blocks, 3), _each(g_u, 2), strict=True):
+            self._adjoint(*parts)
         return gradient
+
+    def _adjoint(self, gradient: Tensor, g_blocks: Tensor, g_u: Tensor) -> None:
+        library = self._native(gradient, g_blocks.dtype) if g_blocks.dtype == g_u.dtype else None
+        if library is not None:
+            self._run(library.adjoint, gradient, g_blocks, g_u)
+            return
+        gradient.copy_(projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, *self._index))
 
     def _native(self, weight: Tensor, part: torch.dtype) -> Any | None:
         rank = self.v.shape[1]
@@ -102,3 +113,8 @@ class Projector:
         sizes = (self.support.out_features, self.support.in_features, *dense.stride())
         arguments = [*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)]
         function(*arguments, ctypes.c_int(torch.get_num_threads()))
+
+
+def _each(parts: Tensor, dims: int) -> tuple[Tensor, ...]:
+    """The part of a weight, with so many dimensions, or those of each matrix of several."""
+    return parts.unbind() if parts.dim() > dims else (parts,)

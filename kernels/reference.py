@@ -115,6 +115,56 @@ def block_grad(
     return tiles[row, col].to(x.dtype), gu
 
 
+def grouped_linear(
+    x: Tensor,
+    blocks: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    ends: Tensor | None,
+    index: Tensor | None,
+    features: int,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `grouped_ops`."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = x.new_zeros(rows.shape[0], features)
+    t = x.new_zeros(rows.shape[0], 0 if v is None else v.shape[-1])
+    for group, (begin, end) in enumerate(_bounds(ends, rows.shape[0], blocks.shape[0])):
+        own_u, own_v = (f[group] if f is not None and f.dim() == 3 else f for f in (u, v))
+        y[begin:end], t[begin:end] = linear(rows[begin:end], blocks[group], own_u, own_v, index, features, transposed)
+    return y.view(*x.shape[:-1], features), t.view(*x.shape[:-1], t.shape[1])
+
+
+def grouped_block_grad(
+    a: Tensor,
+    x: Tensor,
+    t: Tensor | None,
+    ends: Tensor | None,
+    index: Tensor | None,
+    groups: int,
+    b_out: int,
+    b_in: int,
+) -> tuple[Tensor, Tensor]:
+    """See `grouped_ops`."""
+    parts = [
+        block_grad(a[begin:end], x[begin:end], None if t is None else t[begin:end], index, b_out, b_in)
+        for begin, end in _bounds(ends, a.shape[0], groups)
+    ]
+    blocks, gu = zip(*parts, strict=True)
+    return torch.stack(blocks), torch.stack(gu)
+
+
+def _bounds(ends: Tensor | None, rows: int, groups: int) -> list[tuple[int, int]]:
+    """Where the rows of each group begin and end; without `ends` all groups are of equal size."""
+    if ends is None and rows % groups:
+        raise RuntimeError(f"{rows} rows are no {groups} groups of equal size; give `ends`")
+    last = [rows // groups * (group + 1) for group in range(groups)] if ends is None else ends.tolist()
+    bounds = list(zip([0, *last[:-1]], last, strict=True))
+    if any(begin > end for begin, end in bounds) or last[-1] > rows:
+        raise RuntimeError(f"the ends of {groups} groups must ascend and be at most {rows}, got {last}")
+    return bounds
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,8 @@ def _energy(site: Site, block: int, weight: torch.Tensor | None) -> np.ndarray:
     else:
         matrix = weight.detach() if site.region is None else site.region.view(weight.detach())
         values = matrix.to("cpu", torch.float32)
-        values = values.t() if site.transposed else values
+        values = values.mT if site.transposed else values
+        values = values.square().sum(0).sqrt() if values.dim() == 3 else values
     padded = torch.nn.functional.pad(values.square(), (0, -values.shape[1] % block, 0, -values.shape[0] % block))
     rows, cols = padded.shape[0] // block, padded.shape[1] // block
     energy = padded.view(rows, block, cols, block).sum((1, 3)).double().numpy()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -138,8 +138,20 @@ def gpu_device(gpu: Gpu) -> Device:
     )
 
 
+def _groups(site: Site) -> int:
+    """How many matrices of a weight of several are met by rows, at most."""
+    return min(site.matrices, max(site.rows, 1))
+
+
+def _one_of(site: Site) -> Site:
+    """One of several matrices with an even share of the rows: both dense and sparse, they run one after the other."""
+    return replace(site, matrices=1, rows=-(-site.rows // _groups(site)))
+
+
 def dense_time(site: Site, device: Device, training: bool = False) -> float:
     """Predicted seconds of the dense matmul; in training with its two gradients."""
+    if site.matrices > 1:
+        return _groups(site) * dense_time(_one_of(site), device, training)
     grid = device.dense.get(site.dtype, device.dense["float32"])
     forward = _from_grid(grid, max(site.rows, 1), math.sqrt(max(site.elements, 1)))
     return 3 * forward if training else forward
@@ -154,6 +166,8 @@ def _from_grid(grid: Grid, rows: float, width: float) -> float:
 
 def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool = False) -> float:
     """Predicted seconds of the sparse matmul; in training with its gradients and the projection of the weight."""
+    if site.matrices > 1:
+        return _groups(site) * sparse_time(_one_of(site), config, device, training)
     rate = device.rate.get(site.dtype)
     if rate is None:
         return float("inf")  # no kernel for this dtype: only the reference, which is never faster than dense

@@ -18,7 +18,7 @@ from pixelfly_compiler.passes.weights import placeholders, sub_graphs
 def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
     """Weight -> flops of the operations with it, or with what is computed from weights alone, that no match covers.
 
-    `weights` are all parameters; those that are True (not biases) are the ones to put the flops to.
+    `weights` are all parameters and buffers; those that are True (not biases) are the ones to put the flops to.
     """
     flops = {weight: 0 for weight, counts in weights.items() if counts}
     _add_flops(gm, {weight: weight if counts else None for weight, counts in weights.items()}, matched, flops)

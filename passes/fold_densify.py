@@ -60,7 +60,7 @@ class _Fold:
 def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
     shape = densify.meta["example_value"].shape
     for match in matmuls(list(uses(module, densify, shape)), densify.name, shape, Scopes.of(module))[0]:
-        if match.region is None:  # not of a part
+        if match.region is None and match.matrices is None:  # not of a part
             yield _Fold(match, densify, match.transposed)
 
 

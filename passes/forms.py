@@ -7,6 +7,9 @@ A pattern reads one node of the graph and says which of its arguments is what, s
 `matrix` gives the weight as (out, in), without copying; `enter` moves what is contracted to the last dimension of x,
 `leave` moves the last dimension, `out`, to where the node has it. All three are plain functions of a tensor: a rewrite
 traces them into the graph, a test calls them. A pattern returns None for what it does not know.
+
+A weight may hold several matrices, as those of experts: then `matrix` gives (matrices, out, in), and `enter` brings x
+into an order in which the rows that meet the same matrix are neighbours. `ends` says where those of each matrix end.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from pixelfly_compiler.passes.weights import is_call, value_of
+from pixelfly_compiler.passes.weights import Selection, is_call, value_of
 
-Step = Callable[[Any], Any]  # of a tensor, or of a proxy for one
+Step = Callable[..., Any]  # of a tensor, or of a proxy for one
 
 
 def same(x: Any) -> Any:
@@ -37,7 +40,11 @@ def transpose(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Operands:
-    """A node's arguments in their parts. `addend` is added to what `leave` returns."""
+    """A node's arguments in their parts. `addend` is added to what `leave` returns.
+
+    `given` are nodes that `enter`, `leave` and `ends` take behind the tensor. `ends(enter(x, *given), *given)` is
+    (matrices,) int32; without it each matrix meets as many rows.
+    """
 
     x: object
     weight: object
@@ -46,6 +53,8 @@ class Operands:
     matrix: Step = same
     enter: Step = same
     leave: Step = same
+    given: tuple[Node, ...] = ()
+    ends: Step | None = None
 
 
 def _linear(node: Node, operand: Node) -> Operands | None:
@@ -78,14 +87,131 @@ def _matmul(node: Node, operand: Node) -> Operands | None:
     if len(given) != 2:
         return None
     left, right = given
+    if len(_shape(operand)) > 2:
+        return _batched(left, right, operand)
     if right is operand:
         return Operands(left, right, matrix=transpose)
     turn = same if len(_shape(right)) == 1 else transpose
     return Operands(right, left, enter=turn, leave=turn)
 
 
+def _batched(left: Any, right: Any, operand: Node, addend: object = None) -> Operands | None:
+    """A product with several matrices, (n, in, out) on the right or (n, out, in) on the left; x may be broadcast."""
+    turn = left is operand
+    x, groups, shape = (right if turn else left), _shape(operand)[0], _shape(right if turn else left)
+    if len(_shape(operand)) != 3 or len(shape) < 2:
+        return None
+    few = len(shape) == 2 or (isinstance(shape[-3], int) and shape[-3] == 1)
+    if not few and shape[-3] != groups:
+        return None
+    return Operands(
+        x,
+        operand,
+        addend=addend,
+        matrix=same if turn else transpose,
+        enter=partial(_matrices_first, dims=len(shape), turn=turn, groups=groups if few else None),
+        leave=partial(_matrices_back, dims=len(shape), turn=turn),
+    )
+
+
+def _matrices_first(x: Any, dims: int, turn: bool, groups: Any = None) -> Any:
+    """(..., n, rows, in) -> (n, ..., rows, in), from (..., n, in, rows) if `turn`; for all of `groups` if x has one."""
+    x = x.transpose(-1, -2) if turn else x
+    x = x.movedim(-3, 0) if dims > 3 else x
+    return x if groups is None else x.expand(groups, *(-1,) * (max(dims, 3) - 1))
+
+
+def _matrices_back(y: Any, dims: int, turn: bool) -> Any:
+    y = y.movedim(0, -3) if dims > 3 else y
+    return y.transpose(-1, -2) if turn else y
+
+
+def _bmm(node: Node, operand: Node) -> Operands | None:
+    if is_call(node, (torch.bmm,), "bmm"):
+        left, right = _arguments(node, ("input", "mat2"))
+        return _batched(left, right, operand)
+    if not is_call(node, (torch.baddbmm,), "baddbmm") or any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
+        return None
+    term, left, right = _arguments(node, ("input", "batch1", "batch2"))
+    return _batched(left, right, operand, addend=term)
+
+
+def _grouped_mm(node: Node, operand: Node) -> Operands | None:
+    """The rows of each expert lie one behind the other; `offs` says where they end."""
+    functions = (torch._grouped_mm, getattr(torch.nn.functional, "grouped_mm", None))
+    # What transformers puts in their place, where torch has none for a dtype.
+    if not is_call(node, functions) and not str(node.target).startswith("transformers.grouped_mm_fallback"):
+        return None
+    given = dict(zip(("x", "weight", "offs", "bias"), node.args, strict=False)) | node.kwargs
+    x = given.get("x", given.get("mat_a", given.get("input")))
+    weight = given.get("weight", given.get("mat_b", given.get("mat2")))
+    offs, others = given.get("offs"), [given.get("bias"), given.get("out_dtype")]
+    if weight is not operand or len(_shape(weight)) != 3 or any(other is not None for other in others):
+        return None
+    if offs is None:
+        return _batched(x, weight, operand) if len(_shape(x)) == 3 else None
+    if len(_shape(x)) != 2 or not isinstance(offs, Node):
+        return None
+    return Operands(x, weight, matrix=transpose, enter=_first, leave=_first, given=(offs,), ends=_as_int32)
+
+
+def _first(x: Any, _: Any) -> Any:
+    return x
+
+
+def _as_int32(_: Any, offs: Any) -> Any:
+    return offs.to(torch.int32)
+
+
+def selected(operands: Operands, selection: Selection, matrix: torch.Tensor) -> Operands | None:
+    """The operands of a matmul with what an index from data picks, as those of one with all matrices.
+
+    One index: all rows meet the matrix that it picks. Several: the rows are sorted by them.
+    """
+    if operands.given or matrix.dim() != (3 if selection.several else 2):
+        return None
+    if selection.several:
+        return replace(
+            operands,
+            enter=partial(_sorted, enter=operands.enter),
+            leave=partial(_unsorted, leave=operands.leave),
+            given=(selection.index,),
+            ends=partial(_ends_by_index, matrices=selection.count),
+        )
+    return replace(
+        operands,
+        enter=partial(_without_index, step=operands.enter),
+        leave=partial(_without_index, step=operands.leave),
+        given=(selection.index,),
+        ends=partial(_all_in_one, matrices=selection.count, width=matrix.shape[-1]),
+    )
+
+
+def _without_index(x: Any, _: Any, step: Step) -> Any:
+    return step(x)
+
+
+def _all_in_one(x: Any, index: Any, matrices: int, width: int) -> Any:
+    numbers = x.new_ones(matrices, dtype=torch.int32).cumsum(0)  # 1, 2, ...
+    return ((numbers > index) * (x.numel() // width)).to(torch.int32)
+
+
+def _sorted(x: Any, index: Any, enter: Step) -> Any:
+    return enter(x).index_select(0, index.argsort(stable=True))
+
+
+def _unsorted(y: Any, index: Any, leave: Step) -> Any:
+    return leave(y.index_select(0, index.argsort(stable=True).argsort()))
+
+
+def _ends_by_index(x: Any, index: Any, matrices: int) -> Any:
+    numbers = index.new_ones(matrices).cumsum(0)
+    before = (index.unsqueeze(0) < numbers.unsqueeze(1)).sum(1)
+    return (before * x.shape[1]).to(torch.int32)
+
+
 def _einsum(node: Node, operand: Node) -> Operands | None:
-    """Two operands and no letter that only one of them has, or that both keep."""
+    """Two operands and no letter that only one of them has. What both keep counts the matrices of the weight."""
     if not is_call(node, (torch.einsum,)) or not isinstance(node.args[0], str):
         return None
     operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
@@ -98,16 +224,22 @@ def _einsum(node: Node, operand: Node) -> Operands | None:
         return None
     of_x, of_weight, of_result = letters[1 - place], letters[place], letters[2]
     contracted = [letter for letter in of_weight if letter not in of_result]
-    outs = [letter for letter in of_weight if letter in of_result]
-    rows = [letter for letter in of_x if letter in of_result]
-    if not contracted or not outs or set(outs) & set(of_x) or set(of_x) - set(rows) != set(contracted):
+    matrices = [letter for letter in of_weight if letter in of_result and letter in of_x]
+    outs = [letter for letter in of_weight if letter in of_result and letter not in of_x]
+    rows = [*matrices, *(letter for letter in of_x if letter in of_result and letter not in matrices)]
+    if not contracted or not outs or set(of_x) - set(rows) != set(contracted):
         return None
     sizes = dict(zip(of_weight, _shape(weight), strict=True))
     order = [[*rows, *outs].index(letter) for letter in of_result]
     return Operands(
         x,
         weight,
-        matrix=partial(_as_matrix, order=[of_weight.index(letter) for letter in outs + contracted], rows=len(outs)),
+        matrix=partial(
+            _as_matrix,
+            order=[of_weight.index(letter) for letter in matrices + outs + contracted],
+            matrices=len(matrices),
+            rows=len(outs),
+        ),
         enter=partial(_last, order=[of_x.index(letter) for letter in rows + contracted], count=len(contracted)),
         leave=partial(_spread, sizes=[sizes[letter] for letter in outs], order=order),
     )
@@ -129,8 +261,11 @@ def _letters(equation: str, dims: Sequence[int]) -> list[str] | None:
     return None if any(len(set(part)) < len(part) for part in parts) else parts
 
 
-def _as_matrix(weight: Any, order: Sequence[int], rows: int) -> Any:
-    return weight.permute(order).flatten(0, rows - 1).flatten(1)
+def _as_matrix(weight: Any, order: Sequence[int], matrices: int, rows: int) -> Any:
+    turned = weight.permute(order)
+    turned = turned.flatten(0, matrices - 1) if matrices else turned
+    first = 1 if matrices else 0
+    return turned.flatten(first, first + rows - 1).flatten(first + 1)
 
 
 def _last(x: Any, order: Sequence[int], count: int) -> Any:
@@ -209,7 +344,15 @@ def _shape(argument: object) -> tuple[int, ...]:
     return () if value is None else tuple(value.shape)
 
 
-PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (_linear, _addmm, _matmul, _einsum, _convolution)
+PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (
+    _linear,
+    _addmm,
+    _matmul,
+    _bmm,
+    _grouped_mm,
+    _einsum,
+    _convolution,
+)
 
 
 def operands_of(node: Node, operand: Node) -> Operands | None:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import Argument
 from torch.fx.proxy import GraphAppendingTracer
 
-from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.kernels import grouped_ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.forms import Step
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
 from pixelfly_compiler.passes.weights import Region, SubGraphs, placeholders, set_operands, sub_graphs, value_of
@@ -95,16 +95,37 @@ def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: 
     """Put `pixelfly::linear` of these arguments, and what it does not do itself, in place of a matmul."""
     graph, node = match.module.graph, match.node
     with graph.inserting_before(node):
-        x = _traced(match.operands.enter, match.x)
-        fused, separate = (match.bias, None) if _is_vector(match.bias, match.out_features) else (None, match.bias)
-        bias = None if fused is None else graph.call_method("to", (fused, match.dtype))
-        arguments = (x, blocks, u, v, index, match.out_features, transposed, bias)
-        pair = graph.call_function(torch.ops.pixelfly.linear.default, arguments)
-        y = _plus(graph.call_function(operator.getitem, (pair, 0)), separate, match.dtype)
-        y = _plus(_traced(match.operands.leave, y), match.addend, match.dtype)
+        given = match.operands.given
+        x = _traced(match.operands.enter, match.x, *given)
+        put = _linear if match.matrices is None else _grouped_linear
+        y = put(match, x, blocks, u, v, index, transposed)
+        y = _plus(_traced(match.operands.leave, y, *given), match.addend, match.dtype)
     y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
+
+
+def _linear(
+    match: Match, x: Node, blocks: Argument, u: Argument, v: Argument, index: Argument, transposed: bool
+) -> Node:
+    graph = x.graph
+    fused, separate = (match.bias, None) if _is_vector(match.bias, match.out_features) else (None, match.bias)
+    bias = None if fused is None else graph.call_method("to", (fused, match.dtype))
+    arguments = (x, blocks, u, v, index, match.out_features, transposed, bias)
+    pair = graph.call_function(torch.ops.pixelfly.linear.default, arguments)
+    return _plus(graph.call_function(operator.getitem, (pair, 0)), separate, match.dtype)
+
+
+def _grouped_linear(
+    match: Match, x: Node, blocks: Argument, u: Argument, v: Argument, index: Argument, transposed: bool
+) -> Node:
+    """Unlike `linear`, the operator does not cast under autocast: only some of what it stands for does."""
+    graph = x.graph
+    x = graph.call_method("to", (x, match.dtype))
+    ends = None if match.operands.ends is None else _traced(match.operands.ends, x, *match.operands.given)
+    arguments = (x, blocks, u, v, ends, index, match.out_features, transposed)
+    pair = graph.call_function(torch.ops.pixelfly.grouped_linear.default, arguments)
+    return _plus(graph.call_function(operator.getitem, (pair, 0)), match.bias, match.dtype)
 
 
 def _is_vector(bias: Node | None, features: int) -> bool:
@@ -113,9 +134,10 @@ def _is_vector(bias: Node | None, features: int) -> bool:
     return value is not None and tuple(value.shape) == (features,)
 
 
-def _traced(step: Step, node: Node) -> Node:
-    """What the step does with a tensor, as nodes behind this one."""
-    result: Node = step(Proxy(node, GraphAppendingTracer(node.graph))).node
+def _traced(step: Step, *nodes: Node) -> Node:
+    """What the step does with these, as nodes behind them."""
+    tracer = GraphAppendingTracer(nodes[0].graph)
+    result: Node = step(*(Proxy(node, tracer) for node in nodes)).node
     return result
 
 

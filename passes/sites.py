@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.flops import hint, other_flops
-from pixelfly_compiler.passes.forms import Operands, operands_of
+from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
+from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.weights import (
     FLOATS,
@@ -37,6 +37,7 @@ from pixelfly_compiler.passes.weights import (
     parameter_names,
     placeholders,
     qualified_name,
+    source_name,
     uses,
     value_of,
 )
@@ -74,11 +75,12 @@ class Site:
     aliases: tuple[str, ...] = ()  # the weight's other names in the model (tied weights)
     reason: str | None = None  # why this site cannot be sparse, None if it can
     region: Region | None = None
+    matrices: int = 1  # that the weight holds; each row meets one of them
     nodes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def elements(self) -> int:
-        """Elements of the dense weight."""
+        """Elements of the dense weight; of several matrices, those of one."""
         return self.out_features * self.in_features
 
     @property
@@ -102,7 +104,7 @@ class Match:
     """One matmul node of site `site`, as `Operands` puts it.
 
     `weight` is the node that it multiplies with. The parameter, or its part `region`, is stored (in, out) if
-    `transposed`.
+    `transposed`. `matrices` is None where the weight is a matrix, and how many where it holds several.
     """
 
     site: str
@@ -115,6 +117,7 @@ class Match:
     out_features: int
     in_features: int
     region: Region | None = None
+    matrices: int | None = None
     bias: Node | None = None
     addend: Node | None = None
     rows: int = 0
@@ -156,10 +159,13 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     if operands is None or out is None:
         return None
     matrix = _matrix(operands, use.view)
-    if matrix is None or matrix.dim() != 2:
+    if matrix is not None and use.selection is not None:
+        operands = selected(operands, use.selection, matrix)
+        matrix = use.selection.all_of(matrix)
+    if operands is None or matrix is None or matrix.dim() not in (2, 3):
         return None
     region = Region.of(matrix)
-    out_features, in_features = matrix.shape
+    out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
     return Match(
         site=name + region.label(shape),
@@ -172,6 +178,7 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
         out_features=out_features,
         in_features=in_features,
         region=None if region.is_all_of(shape) else region,
+        matrices=matrix.shape[0] if matrix.dim() == 3 else None,
         bias=bias,
         addend=addend,
         rows=use.times * math.prod(hint(size) for size in out.shape) // max(out_features, 1),
@@ -267,14 +274,18 @@ def _mutates(node: Node) -> bool:
 # Part of an operation's name -> why it stays dense.
 _HINTS = {
     "conv": "a convolution with groups, padding or windows that overlap",
-    "bmm": "which multiplies with several matrices at once",
-    "grouped_mm": "which multiplies with several matrices at once",
+    "bmm": "which multiplies with several matrices in a way pixelfly does not know",
+    "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
     "scan": "which takes it apart, or changes it, step by step",
     "map_impl": "which takes it apart",
     "while_loop": "which changes it",
-    "_weight_norm": "which computes the weight of the matmul from it",
 }
+# P is applied to what is stored, once per version; what is computed from it would be projected again in every call.
+_COMPUTED = (
+    "and the weight of a matmul is computed from that; only a stored weight becomes sparse: merge it, or "
+    "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"
+)
 
 
 class _Weight:
@@ -318,18 +329,19 @@ class _Weight:
             aliases=_names_at_use(first.site, matches) if self.looked_up else (),
             reason=ineligible(self.value) or self._conflict(matches),
             region=first.region,
+            matrices=first.matrices or 1,
             nodes=tuple(match.node.name for match in matches),
         )
 
     def _region(self, match: Match) -> Region:
-        return match.region or Region(self.shape, (self.shape[-1], 1), 0)
+        return match.region or Region.whole(self.shape)
 
     def _conflict(self, matches: Sequence[Match]) -> str | None:
         """Why what one matmul uses cannot change: something else uses it too, and in another way."""
         first = self._region(matches[0])
         box = first.box(self.shape)
         for use in self.others:
-            if overlap(box, _box(use.view, self.shape)):
+            if overlap(box, _box(use.region, self.shape)):
                 return f"the weight is also used by {_describe(use.user)}"
         if not first.is_box(self.shape):
             return "a part of the weight with gaps"
@@ -343,9 +355,10 @@ class _Weight:
 
     def skipped(self, flops: int) -> Skipped:
         lookup = bool(self.uses) and not self.others
-        return Skipped(self.name, self.shape, self._why_no_matmul(), lookup, used=bool(self.uses), flops=flops)
+        reason = self._why_no_matmul(multiplies=flops > 0)
+        return Skipped(self.name, self.shape, reason, lookup, used=bool(self.uses), flops=flops)
 
-    def _why_no_matmul(self) -> str:
+    def _why_no_matmul(self, multiplies: bool) -> str:
         reason = ineligible(self.value)
         if reason is not None:
             return reason
@@ -356,9 +369,9 @@ class _Weight:
         user = self.others[0].user
         if user in self.scopes.differentiated:
             return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
-        hint = next(
-            (text for word, text in _HINTS.items() if word in str(user.target)), "not by a matmul pixelfly knows"
-        )
+        hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
+        if hint is None:
+            hint = _COMPUTED if multiplies and not flops_of(user) else "not by a matmul pixelfly knows"
         return f"used by {_describe(user)}, {hint}"
 
 
@@ -385,6 +398,15 @@ def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
     return tuple(other for other in names if other != name)
 
 
+def _buffers(gm: GraphModule, example_inputs: Sequence[object]) -> list[Node]:
+    """The placeholders of floating-point buffers: a weight may be computed with them, as in spectral norm."""
+    return [
+        node
+        for node, value in zip(placeholders(gm), example_inputs, strict=False)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and "_buffers" in (source_name(node) or "")
+    ]
+
+
 def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping[str, str] | None = None) -> Found:
     """Sites, matches and skipped parameters of a Dynamo graph.
 
@@ -405,7 +427,8 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     }
     _settle_products_of_two(weights.values())
     matches = [match for weight in weights.values() for match in weight.matches]
-    flops = other_flops(gm, {node: node in weights for node in parameters}, {match.node for match in matches})
+    stored = [*parameters, *_buffers(gm, example_inputs)]
+    flops = other_flops(gm, {node: node in weights for node in stored}, {match.node for match in matches})
     sites = [site for weight in weights.values() for site in weight.sites()]
     nodes = {site.name: [match.node for match in matches if match.site == site.name] for site in sites}
     roles = assign_roles(gm, [(site.name, site.weight_shape, nodes[site.name]) for site in sites])

@@ -86,7 +86,7 @@ def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object
 
 @dataclass(frozen=True)
 class Region:
-    """A matrix inside a parameter: `torch.as_strided(weight, size, stride, offset)`, with the weight contiguous."""
+    """A matrix, or several, inside a parameter: `weight.as_strided(size, stride, offset)` if that is contiguous."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -99,14 +99,19 @@ class Region:
 
     @staticmethod
     def of(view: Tensor) -> Region:
-        """The region that a two-dimensional view shows; a view and its transpose show the same."""
-        stored = view.t() if Region.is_flipped(view) else view
+        """The region that a view of one matrix or several shows; a view and its transpose show the same."""
+        stored = view.mT if Region.is_flipped(view) else view
         return Region(tuple(stored.shape), stored.stride(), int(stored.storage_offset()))
 
     @staticmethod
     def is_flipped(view: Tensor) -> bool:
-        """Does this two-dimensional view show the transpose of what is stored?"""
-        return view.stride(0) < view.stride(1)
+        """Does this view show the transpose of what is stored?"""
+        return view.stride(-2) < view.stride(-1)
+
+    @staticmethod
+    def whole(shape: Sequence[int]) -> Region:
+        """All of a parameter, as it is stored."""
+        return Region(tuple(shape), torch.empty(tuple(shape), device="meta").stride(), 0)
 
     def view(self, weight: Tensor) -> Tensor:
         """This part of a weight. It shares the weight's memory if that is contiguous."""
@@ -114,8 +119,8 @@ class Region:
         return weight.as_strided(self.size, self.stride, weight.storage_offset() + self.offset)
 
     def is_all_of(self, shape: Sequence[int]) -> bool:
-        """Is this the whole of a two-dimensional parameter, as it is stored?"""
-        return self == Region(tuple(shape), (shape[-1], 1), 0)
+        """Is this the whole of a parameter, as it is stored?"""
+        return self == Region.whole(shape)
 
     def box(self, shape: Sequence[int]) -> tuple[range, ...]:
         """The least box of a parameter's indices around this region."""
@@ -156,14 +161,40 @@ def overlap(a: Sequence[range], b: Sequence[range]) -> bool:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Matrices of a weight that an index from data picks out of `count`, `stride` elements apart."""
+
+    index: Node
+    several: bool
+    count: int
+    stride: int
+
+    def all_of(self, view: Tensor) -> Tensor:
+        """Of all matrices what `view` is of the first: (count, rows, columns) for (rows, columns) or (1, ...)."""
+        size, stride = (self.count, *view.shape[-2:]), (self.stride, *view.stride()[-2:])
+        return view.as_strided(size, stride, int(view.storage_offset()))
+
+
+@dataclass(frozen=True)
 class Use:
-    """One node that consumes the weight as `operand`: the `view` of it, on the meta device. A loop runs it `times`."""
+    """One node that consumes the weight as `operand`: the `view` of it, on the meta device. A loop runs it `times`.
+
+    Of what a selection picks, it is a view of the first matrix.
+    """
 
     module: GraphModule
     user: Node
     operand: Node
     view: Tensor
     times: int = 1
+    selection: Selection | None = None
+
+    @property
+    def region(self) -> Tensor:
+        """A view of all that may be used."""
+        if self.selection is None or self.view.dim() < 2:
+            return self.view
+        return self.selection.all_of(self.view)
 
     def reaches(self, without_gradients: Collection[Node]) -> bool:
         """Do the gradients of what the node computes reach the weight? A view made under `no_grad` is in their way."""
@@ -237,26 +268,48 @@ def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]
     yield from _uses(module, node, torch.empty(tuple(shape), device="meta"), 1)
 
 
-def _uses(module: GraphModule, node: Node, view: Tensor, times: int) -> Iterator[Use]:
-    """Follow the weight through views, copies and casts, and into sub-graphs."""
+def _uses(
+    module: GraphModule, node: Node, view: Tensor, times: int, selection: Selection | None = None
+) -> Iterator[Use]:
+    """Follow the weight through views, copies, casts and selections, and, as long as none is made, into sub-graphs."""
     for user in node.users:
-        if (inside := sub_graphs(module, user)) is not None:
+        if selection is None and (inside := sub_graphs(module, user)) is not None:
             for body, inner in inside.carrying(node):
                 yield from _uses(body, inner, view, times * inside.times)
             if tree_leaves(user.args).count(node) > inside.operands.count(node):
                 yield Use(module, user, node, view, times)
         elif _is_copy(user, node):
-            yield from _uses(module, user, view, times)
+            yield from _uses(module, user, view, times, selection)
+        elif selection is None and (picked := _selection(user, node, view)) is not None:
+            yield from _uses(module, user, view[:1] if picked.several else view[0], times, picked)
         elif isinstance(seen := _seen_through(user, node, view), Tensor):
-            yield from _uses(module, user, seen, times)
+            yield from _uses(module, user, seen, times, selection)
         elif seen is not None:
             for item in user.users:  # chunks of the weight: each is taken out by an index
                 if is_call(item, (operator.getitem,)) and isinstance(item.args[1], int):
-                    yield from _uses(module, item, seen[item.args[1]], times)
+                    yield from _uses(module, item, seen[item.args[1]], times, selection)
                 else:
-                    yield Use(module, item, user, view, times)
+                    yield Use(module, item, user, view, times, selection)
         else:
-            yield Use(module, user, node, view, times)
+            yield Use(module, user, node, view, times, selection)
+
+
+def _selection(user: Node, node: Node, view: Tensor) -> Selection | None:
+    """`w[i]` and `w.index_select(0, i)` with i from data: one index, or a list of them, into the first dimension."""
+    index: Any = None
+    if is_call(user, (operator.getitem,)) and user.args[0] is node:
+        index = user.args[1][0] if isinstance(user.args[1], tuple) and len(user.args[1]) == 1 else user.args[1]
+    elif is_call(user, (torch.index_select,), "index_select") and user.args[:2] == (node, 0) and len(user.args) == 3:
+        index = user.args[2]
+    if not isinstance(index, Node) or view.dim() != 3:
+        return None
+    value = index.meta.get("example_value")
+    if isinstance(value, Tensor) and (value.dim() > 1 or value.dtype not in (torch.int32, torch.int64)):
+        return None
+    if not isinstance(value, Tensor | torch.SymInt):
+        return None
+    several = isinstance(value, Tensor) and value.dim() == 1
+    return Selection(index, several, view.shape[0], view.stride(0))
 
 
 def _is_copy(user: Node, node: Node) -> bool:

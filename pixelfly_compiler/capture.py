@@ -144,15 +144,19 @@ def merge(found: Sequence[Found]) -> Found:
     return Found(tuple(sites.values()), matches, tuple(skipped.values()))
 
 
+_UNSEEN = (
+    "in no graph: not used, or run outside of compiled code (a loop over experts is: in transformers choose "
+    "model.set_experts_implementation('grouped_mm'))"
+)
+
+
 def _with_the_unseen(found: Found, model: nn.Module) -> Found:
     """Parameters that no graph has are listed too."""
     listed = [(site.parameter, *site.aliases) for site in found.sites]
     listed += [(item.name, *item.aliases) for item in found.skipped]
     known = {name for names in listed for name in names}
     unseen = tuple(
-        Skipped(
-            own_name(name), tuple(weight.shape), "in no graph: not used, or run outside of compiled code", used=False
-        )
+        Skipped(own_name(name), tuple(weight.shape), _UNSEEN, used=False)
         for name, weight in model.named_parameters()
         if own_name(name) not in known and not is_lazy(weight) and weight.dim() >= 2
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.projection import project_each
 from pixelfly_compiler.kernels.projection_cpu import Projector
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
@@ -34,7 +35,10 @@ def _basis(in_features: int, rank: int, device: torch.device, dtype: torch.dtype
 
 @dataclass(frozen=True)
 class Compact:
-    """blocks (nnz, b, b), u (out, r), v (in, r) of one weight, in the dtype the matmul runs in."""
+    """blocks (nnz, b, b), u (out, r), v (in, r) of one weight, in the dtype the matmul runs in.
+
+    Those of a weight of several matrices are stacked; v is not with the fixed basis, which all share.
+    """
 
     blocks: Tensor
     u: Tensor
@@ -133,8 +137,7 @@ def _sample(matrix: Tensor) -> Callable[[], object]:
     optimizers write there: but then hardly any element stays as it is.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    rows, columns = (max(size // 3, 1) for size in matrix.shape)
-    few = matrix[::rows, ::columns].view(integer)
+    few = matrix[tuple(slice(None, None, max(size // 3, 1)) for size in matrix.shape)].view(integer)
     # It is read in every call: through numpy in a third of the time.
     return few.numpy().tobytes if few.device.type == "cpu" else few.tolist
 
@@ -142,10 +145,10 @@ def _sample(matrix: Tensor) -> Callable[[], object]:
 def _compact(matrix: Tensor, form: Form) -> Compact:
     dense, rank = _oriented(matrix, form), form.config.rank
     if form.basis == "svd" and rank:
-        blocks, u, v = projection.project_svd(dense, _support(dense, form.config), rank)
-        return Compact(*(part.to(form.dtype).contiguous() for part in (blocks, u, v)))
+        parts = project_each(dense, lambda one: projection.project_svd(one, _support(one, form.config), rank))
+        return Compact(*(part.to(form.dtype).contiguous() for part in parts))
     blocks, u = _projector(dense, form.config).project(dense, form.dtype)
-    return Compact(blocks, u, _basis(dense.shape[1], rank, dense.device, form.dtype))
+    return Compact(blocks, u, _basis(dense.shape[-1], rank, dense.device, form.dtype))
 
 
 def _matrix(weight: Tensor, form: Form) -> Tensor:
@@ -154,12 +157,12 @@ def _matrix(weight: Tensor, form: Form) -> Tensor:
 
 
 def _oriented(matrix: Tensor, form: Form) -> Tensor:
-    """The matrix as (out, in), however it is stored."""
-    return matrix.t() if form.transposed else matrix
+    """The matrix, or each of several, as (out, in), however it is stored."""
+    return matrix.mT if form.transposed else matrix
 
 
 def _support(dense: Tensor, config: SiteConfig) -> Support:
-    return flat_butterfly(dense.shape[0], dense.shape[1], config.block, config.strides)
+    return flat_butterfly(*dense.shape[-2:], config.block, config.strides)
 
 
 def _projector(dense: Tensor, config: SiteConfig) -> Projector:
@@ -208,9 +211,9 @@ class CompactInputs:
         if part == "index":
             return support_index(support, weight.device)
         shapes = {
-            "blocks": (support.nnz, block, block),
-            "u": (support.out_features, rank),
-            "v": (support.in_features, rank),
+            "blocks": (*dense.shape[:-2], support.nnz, block, block),
+            "u": (*dense.shape[:-2], support.out_features, rank),
+            "v": (*(dense.shape[:-2] if form.basis == "svd" else ()), support.in_features, rank),
         }
         example = torch.empty(shapes[part], dtype=form.dtype, device=weight.device)
         return example.requires_grad_(part != "v" and weight.requires_grad and torch.is_grad_enabled())

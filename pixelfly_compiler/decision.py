@@ -41,6 +41,7 @@ class Entry:
     reason: str | None = None
     speedup: float | None = None
     region: Region | None = None
+    matrices: int = 1  # that the weight holds; each row meets one of them
     other_flops: int = 0
 
     @property

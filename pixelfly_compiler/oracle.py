@@ -31,8 +31,10 @@ def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
     if entry.config is None:
         return weight
     matrix = weight if entry.region is None else entry.region.view(weight)
-    projected = _project(matrix.t() if entry.transposed else matrix, entry.support(), entry.config.rank, basis)
-    stored = (projected.t() if entry.transposed else projected).contiguous().to(weight.dtype)
+    support, rank = entry.support(), entry.config.rank
+    oriented = matrix.mT if entry.transposed else matrix
+    (projected,) = projection.project_each(oriented, lambda one: (_project(one, support, rank, basis),))
+    stored = (projected.mT if entry.transposed else projected).contiguous().to(weight.dtype)
     if entry.region is None:
         return stored
     whole = weight.clone(memory_format=torch.contiguous_format)

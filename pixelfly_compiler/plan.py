@@ -185,7 +185,7 @@ class _Problem:
         total = [0.0] * len(configs)
         for site in self.free[role]:
             errors = ways.relative_errors(site, configs, self.weights.get(site.parameter))
-            total = [sum_ + site.elements * error**2 for sum_, error in zip(total, errors, strict=True)]
+            total = [sum_ + site.matrices * site.elements * error**2 for sum_, error in zip(total, errors, strict=True)]
         return total
 
     def decisions(self, allocation: Allocation) -> dict[str, tuple[SiteConfig | None, str | None]]:
@@ -237,6 +237,7 @@ def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, devic
         reason=reason,
         speedup=speedup,
         region=site.region,
+        matrices=site.matrices,
     )
 
 

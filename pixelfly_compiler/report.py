@@ -86,7 +86,8 @@ def _row(entries: Sequence[Entry]) -> list[str]:
     if not first.is_site:
         return [names, "", " x ".join(map(str, first.weight_shape)), "", f"not a site: {first.reason}", "", ""]
     rows = first.rows_expr if first.rows_expr.isdigit() else f"{first.rows_expr} ({first.rows})"
-    shape = f"{first.out_features} x {first.in_features}"
+    several = f"{first.matrices} of " if first.matrices > 1 else ""
+    shape = f"{several}{first.out_features} x {first.in_features}"
     decision = first.decision if first.reason is None else f"dense: {first.reason}"
     speed = "" if first.speedup is None else f"{first.speedup:.1f}x"
     return [names, str(len(entries)), shape, rows, decision, f"{first.kept_share:.1%}", speed]

@@ -259,7 +259,7 @@ def _why_dense(site: Site, owners: Mapping[str, Sequence[tuple[nn.Module, str]]]
     holders = owners.get(site.parameter, ())
     if not holders:
         return "no module of the model holds this weight"
-    if site.region is not None:
+    if site.region is not None or site.matrices > 1:
         return "a part of a parameter, or not of two dimensions"
     if len(holders) > 1 or site.shared:
         return "tied: several modules share this weight, and it stays one"
@@ -276,7 +276,7 @@ def _targets(model: nn.Module, plan: Plan, optimizer: str) -> list[_Target]:
         if holders is None:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
         _check_shape(entry.name, getattr(*holders[0]).shape, entry.weight_shape, "in the plan")
-        if entry.config is not None and entry.region is not None:
+        if entry.config is not None and (entry.region is not None or entry.matrices > 1):
             raise CompactError(
                 "is a part of a parameter, or not of two dimensions: it has no factors of its own",
                 site=entry.name,

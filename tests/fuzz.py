@@ -17,6 +17,7 @@ from unittest.mock import patch
 import hypothesis.strategies as st
 import torch
 import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401 - registers the product of rows in groups, for all dtypes
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -31,6 +32,20 @@ HEADS = 2
 def _patches(x: Tensor, w: Tensor, b: Tensor | None, size: int) -> Tensor:
     """A convolution over pairs of positions, spread to both."""
     return F.conv1d(x.mT, w, b, stride=size).mT.repeat_interleave(size, 1)
+
+
+def _picks(x: Tensor, matrices: int) -> Tensor:
+    """A matrix for each row of x, by its values."""
+    return x.detach().flatten(0, 1)[:, :matrices].argmax(-1)
+
+
+def _grouped(x: Tensor, w: Tensor) -> Tensor:
+    """Each row meets the matrix that it picks, the rows sorted by that."""
+    picks = _picks(x, w.shape[0])
+    order = picks.argsort(stable=True)
+    ends = (picks[None] <= torch.arange(w.shape[0])[:, None]).sum(1).to(torch.int32)
+    y = torch.ops.transformers.grouped_mm_fallback(x.flatten(0, 1)[order], w, ends)
+    return y[order.argsort()].unflatten(0, (-1, 4))
 
 
 # Each takes x (batch, 4, in), and a weight of the shape below it, to (batch, 4, out).
@@ -70,12 +85,25 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "1 x 1 image": (lambda x, w, b: F.conv2d(x.mT.unflatten(2, (2, 2)), w, b).flatten(2).mT, lambda k, n: (n, k, 1, 1)),
     "patches": (lambda x, w, b: _patches(x, w, b, 2), lambda k, n: (n, k, 2)),
     "patches and a rest": (lambda x, w, b: _patches(x, w, b, 3).repeat(1, 2, 1)[:, :4], lambda k, n: (n, k, 3)),
+    "matrices": (lambda x, w, b: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), lambda k, n: (4, k, n)),
+    "matrices on the left": (lambda x, w, b: (w @ x.unsqueeze(-1)).squeeze(-1), lambda k, n: (4, n, k)),
+    "einsum of matrices": (lambda x, w, b: torch.einsum("bsk,skn->bsn", x, w), lambda k, n: (4, k, n)),
+    "einsum of matrices, turned": (lambda x, w, b: torch.einsum("bsk,nsk->bsn", x, w), lambda k, n: (n, 4, k)),
+    "matrices, broadcast": (lambda x, w, b: (x[:, None] @ w).sum(1) + b, lambda k, n: (3, k, n)),
+    "matrices, each turned": (
+        lambda x, w, b: torch.baddbmm(b[None, None], x.movedim(1, 0)[:3], w.mT).movedim(0, 1)[:, [0, 1, 2, 0]],
+        lambda k, n: (3, n, k),
+    ),
+    "grouped": (lambda x, w, b: _grouped(x, w), lambda k, n: (3, k, n)),
+    "grouped, turned": (lambda x, w, b: _grouped(x, w.mT), lambda k, n: (3, n, k)),
+    "picked for each row": (
+        lambda x, w, b: torch.bmm(w[_picks(x, 3)], x.flatten(0, 1).unsqueeze(-1)).squeeze(-1).unflatten(0, (-1, 4)),
+        lambda k, n: (3, n, k),
+    ),
     # These stay dense, wholly or in part.
     "gaps": (lambda x, w, b: x @ w[:, ::2], lambda k, n: (k, 2 * n)),
     "overlap": (lambda x, w, b: x @ w[:, 16:] + x @ w[:, :-16], lambda k, n: (k, n + 16)),
     "both ways": (lambda x, w, b: x @ w + (x @ w) @ w.T @ w, lambda k, n: (k, n)),
-    "several": (lambda x, w, b: torch.einsum("bsk,skn->bsn", x, w), lambda k, n: (4, k, n)),
-    "several, each turned": (lambda x, w, b: torch.einsum("bsk,snk->bsn", x, w), lambda k, n: (4, n, k)),
     "also summed": (lambda x, w, b: x @ w + w.sum(), lambda k, n: (k, n)),
     "normalised": (lambda x, w, b: x @ (w / w.norm()), lambda k, n: (k, n)),
     "padded patches": (

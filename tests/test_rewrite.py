@@ -213,9 +213,13 @@ def test_what_is_no_site_is_left_as_it_is(function: Callable[..., Tensor]) -> No
     torch.testing.assert_close(result.y, model(X))
 
 
-def test_a_weight_of_three_dimensions_is_left_as_it_is() -> None:
+def test_a_weight_of_several_matrices_becomes_one_operator() -> None:
     model = OneWeight(lambda x, w, b: torch.bmm(x, w), 2, 32, 48)
-    assert rewritten(model, X).count() == 0
+    result = rewritten(model, X)
+    assert result.count() == 1 and result.count("w") == 0
+    entry = Entry("w", (2, 32, 48), 48, 32, True, config=CONFIG, matrices=2)
+    exact = torch.bmm(X.double(), project(model.w.detach().double(), entry))
+    assert (result.y - exact).norm() <= 1e-5 * exact.norm()
 
 
 def test_a_site_without_a_config_stays_dense() -> None:

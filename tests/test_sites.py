@@ -483,3 +483,46 @@ def test_real_models(build: Callable[[], tuple[nn.Module, dict[str, Any], set[st
     folded = {site.role.partition("#")[0] for site in found.sites}
     assert not names or folded == names
     assert len({site.role for site in found.sites}) <= 2 * len(folded)
+
+
+# ---- weights of several matrices, and computed weights ----
+
+
+class Experts(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+        if index is None:
+            return torch.bmm(x, self.w)
+        return F.linear(x, self.w[index])
+
+
+def test_a_weight_of_several_matrices_is_one_site() -> None:
+    (found,) = found_in(Experts(3, 32, 48), torch.randn(3, 5, 32))
+    (site,), (match,) = found.sites, found.matches
+    assert (site.name, site.matrices, site.out_features, site.in_features, site.rows) == ("w", 3, 48, 32, 15)
+    assert site.transposed and site.region is None and match.matrices == 3
+
+
+def test_an_index_from_data_picks_from_all_matrices_and_a_constant_a_part() -> None:
+    (found,) = found_in(Experts(3, 48, 32), torch.randn(5, 32), torch.tensor(1))
+    (site,), (match,) = found.sites, found.matches
+    assert (site.name, site.matrices, site.rows, site.transposed) == ("w", 3, 5, False)
+    ends = match.operands.ends
+    assert ends is not None
+    assert ends(torch.randn(5, 32), torch.tensor(1)).tolist() == [0, 5, 5]
+    (constant,) = found_in(Experts(3, 48, 32), torch.randn(5, 32), 1)
+    assert [site.name for site in constant.sites] == ["w[1]"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm]
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_computed_weights_are_dense_with_a_reason_and_their_flops_count(wrap: Any) -> None:
+    (found,) = found_in(wrap(nn.Linear(64, 96)), torch.randn(4, 64))
+    assert not found.sites
+    assert any("the weight of a matmul is computed from that" in item.reason for item in found.skipped)
+    assert sum(item.flops for item in found.skipped) >= 2 * 4 * 64 * 96
