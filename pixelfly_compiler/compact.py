@@ -138,8 +138,7 @@ def _sample(matrix: Tensor) -> Callable[[], object]:
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
     few = matrix[tuple(slice(None, None, max(size // 3, 1)) for size in matrix.shape)].view(integer)
-    # It is read in every call: through numpy in a third of the time.
-    return few.numpy().tobytes if few.device.type == "cpu" else few.tolist
+    return few.tolist  # not through numpy, after which FSDP could not free the weight's storage
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:
