@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -77,7 +78,7 @@ def _addmm(node: Node, operand: Node) -> Operands | None:
     return Operands(left, right, term if is_bias else None, None if is_bias else term, matrix=transpose)
 
 
-_MATMULS = (torch.mm, torch.matmul, operator.matmul, torch.mv)
+_MATMULS = (torch.mm, torch.matmul, torch.linalg.matmul, operator.matmul, torch.mv)
 
 
 def _matmul(node: Node, operand: Node) -> Operands | None:
@@ -220,9 +221,11 @@ def _einsum(node: Node, operand: Node) -> Operands | None:
     place = 1 if operands[1] is operand else 0
     x, weight = operands[1 - place], operands[place]
     letters = _letters(node.args[0].replace(" ", ""), [len(_shape(argument)) for argument in operands])
-    if letters is None:
-        return None
-    of_x, of_weight, of_result = letters[1 - place], letters[place], letters[2]
+    return None if letters is None else _contraction(x, weight, letters[1 - place], letters[place], letters[2])
+
+
+def _contraction(x: object, weight: object, of_x: str, of_weight: str, of_result: str) -> Operands | None:
+    """The sum over the letters that x and the weight share, as einsum means it."""
     contracted = [letter for letter in of_weight if letter not in of_result]
     matrices = [letter for letter in of_weight if letter in of_result and letter in of_x]
     outs = [letter for letter in of_weight if letter in of_result and letter not in of_x]
@@ -243,6 +246,32 @@ def _einsum(node: Node, operand: Node) -> Operands | None:
         enter=partial(_last, order=[of_x.index(letter) for letter in rows + contracted], count=len(contracted)),
         leave=partial(_spread, sizes=[sizes[letter] for letter in outs], order=order),
     )
+
+
+def _tensordot(node: Node, operand: Node) -> Operands | None:
+    """Also `inner`, which contracts the last dimensions of both."""
+    if is_call(node, (torch.inner,), "inner"):
+        left, right = _arguments(node, ("input", "other"))
+        dims: Any = ([-1], [-1])
+    elif is_call(node, (torch.tensordot,)):
+        left, right, dims = _arguments(node, ("a", "b", "dims"))
+    else:
+        return None
+    if left is right or not _shape(left) or not _shape(right) or isinstance(dims, Node):
+        return None
+    letters = _letters_of_tensordot(len(_shape(left)), len(_shape(right)), 2 if dims is None else dims)
+    place = 1 if right is operand else 0
+    return _contraction((left, right)[1 - place], (left, right)[place], letters[1 - place], letters[place], letters[2])
+
+
+def _letters_of_tensordot(left: int, right: int, dims: Any) -> tuple[str, str, str]:
+    """The letters of both operands, of so many dimensions, and of the result."""
+    firsts, seconds = (range(left - dims, left), range(dims)) if isinstance(dims, int) else dims
+    of_left, of_right = (string.ascii_letters[:left], list(string.ascii_letters[left : left + right]))
+    for first, second in zip(firsts, seconds, strict=True):
+        of_right[second] = of_left[first]
+    kept = [letter for letter in (*of_left, *of_right) if (letter in of_left) != (letter in of_right)]
+    return of_left, "".join(of_right), "".join(kept)
 
 
 def _letters(equation: str, dims: Sequence[int]) -> list[str] | None:
@@ -351,6 +380,7 @@ PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (
     _bmm,
     _grouped_mm,
     _einsum,
+    _tensordot,
     _convolution,
 )
 

@@ -33,6 +33,7 @@ from pixelfly_compiler.passes.weights import (
     Use,
     called,
     is_call,
+    is_cast,
     overlap,
     parameter_names,
     placeholders,
@@ -370,7 +371,9 @@ class _Weight:
         if user in self.scopes.differentiated:
             return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
-        if hint is None:
+        if is_cast(user):
+            hint = "a cast of what another has rounded, or to another device or kind of number"
+        elif hint is None:
             hint = _COMPUTED if multiplies and not flops_of(user) else "not by a matmul pixelfly knows"
         return f"used by {_describe(user)}, {hint}"
 

@@ -265,7 +265,9 @@ def called(node: Node) -> str:
 
 def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
     """Every use of the parameter of this shape that `node` carries."""
-    yield from _uses(module, node, torch.empty(tuple(shape), device="meta"), 1)
+    value = value_of(node)
+    dtype = value.dtype if value is not None and value.is_floating_point() else torch.float32
+    yield from _uses(module, node, torch.empty(tuple(shape), dtype=dtype, device="meta"), 1)
 
 
 def _uses(
@@ -278,7 +280,7 @@ def _uses(
                 yield from _uses(body, inner, view, times * inside.times)
             if tree_leaves(user.args).count(node) > inside.operands.count(node):
                 yield Use(module, user, node, view, times)
-        elif _is_copy(user, node):
+        elif _is_copy(user, node, view.dtype):
             yield from _uses(module, user, view, times, selection)
         elif selection is None and (picked := _selection(user, node, view)) is not None:
             yield from _uses(module, user, view[:1] if picked.several else view[0], times, picked)
@@ -312,16 +314,24 @@ def _selection(user: Node, node: Node, view: Tensor) -> Selection | None:
     return Selection(index, several, view.shape[0], view.stride(0))
 
 
-def _is_copy(user: Node, node: Node) -> bool:
-    """The weight's values in other memory or in another floating-point type; gradients go through."""
+def is_cast(user: Node) -> bool:
+    return is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as")
+
+
+def _is_copy(user: Node, node: Node, own: torch.dtype) -> bool:
+    """The weight's values in other memory or in another floating-point type; gradients go through.
+
+    `own` is the parameter's type. A matmul in the last type gets P(W) in that type, so nothing may be rounded before.
+    """
     if not user.args or user.args[0] is not node:
         return False
     if is_call(user, (torch.clone,), "contiguous", "clone"):
         return True
-    if not is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as"):
-        return False
     before, after = value_of(node), value_of(user)
-    return before is not None and after is not None and after.dtype in FLOATS and before.device == after.device
+    if not is_cast(user) or before is None or after is None or before.device != after.device:
+        return False
+    rounded = before.dtype != own and before.dtype.itemsize <= own.itemsize
+    return after.dtype in FLOATS and (after.dtype == before.dtype or not rounded)
 
 
 def _seen_through(user: Node, node: Node, view: Tensor) -> Any:

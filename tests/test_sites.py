@@ -65,7 +65,13 @@ FORMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
     "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
     "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),
     "einsum, no arrow": (lambda x, w, b: torch.einsum("abc,cd", x, w), (32, 48), True),
+    "linalg": (lambda x, w, b: torch.linalg.matmul(x, w), (32, 48), True),
+    "inner": (lambda x, w, b: torch.inner(x, w), (48, 32), False),
+    "inner, weight first": (lambda x, w, b: w.inner(x), (48, 32), False),
+    "tensordot": (lambda x, w, b: torch.tensordot(x, w, 1), (32, 48), True),
+    "tensordot, weight first": (lambda x, w, b: torch.tensordot(w, x, ([-1], [2])), (48, 32), False),
     "a cast": (lambda x, w, b: x.double() @ w.double(), (32, 48), True),
+    "a cast to more digits and back": (lambda x, w, b: x @ w.double().float(), (32, 48), True),
     "left": (lambda x, w, b: w @ x.mT, (48, 32), False),
     "left of a vector": (lambda x, w, b: w @ x[0, 0], (48, 32), False),
     "left transposed": (lambda x, w, b: torch.matmul(w.T, x.mT), (32, 48), True),
@@ -132,6 +138,8 @@ def test_addmm_with_a_matrix_has_an_addend_and_scaled_addmm_is_left_alone() -> N
         (lambda x, w, b: torch.einsum("bsd,df->bsdf", x, w), "`einsum`"),
         (lambda x, w, b: x @ w.detach(), "`detach`"),
         (lambda x, w, b: x @ (w * 2), "`mul`"),
+        (lambda x, w, b: x @ w.half().float(), "what another has rounded"),
+        (lambda x, w, b: torch.tensordot(x, w, 0), "`tensordot`"),
     ],
 )
 def test_other_uses_are_passed_over_with_the_reason(function: Callable[..., Any], reason: str) -> None:
