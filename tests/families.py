@@ -31,6 +31,8 @@ from pixelfly_compiler import backend
 from pixelfly_compiler.plan import plan
 
 MOST_PARAMETERS = 60_000_000
+# Batch norms over two numbers amplify rounding without bounds: with running statistics they do not.
+EVALUATED = ("levit",)
 # The first head that a family has is what is compiled.
 HEADS = [
     "CAUSAL_LM",
@@ -184,7 +186,7 @@ def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
             given = inputs_of(model)
             with torch.no_grad():
                 model(**given)
-            return without_dropout(model), given
+            return without_dropout(model).train(family not in EVALUATED), given
         except Exception as cause:
             error = cause
     raise error
@@ -224,8 +226,9 @@ def _compare(family: str, model: nn.Module, given: dict[str, Tensor]) -> Row:
         model(**given)
     torch._dynamo.reset()
     counters.clear()
+    options = OPTIONS if graphs == 1 else {"plan": made}  # or the budget would be split over each graph by itself
     with patch.object(backend, "inductor", lambda gm, inputs, patches: gm.forward):
-        assert_equals_the_oracle(model, given, made, **OPTIONS)
+        assert_equals_the_oracle(model, given, made, **options)
     found = sum(entry.dense_flops for entry in made if entry.is_site)
     notes = [f"{made.dense_flops:,} flops planned, {counter.weight:,} counted"] * (made.dense_flops != counter.weight)
     if counters["stats"]["unique_graphs"] != graphs:

@@ -36,8 +36,9 @@ def _references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def step(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """All floating-point outputs, and the gradients of a random linear function of them."""
+    """All floating-point outputs, and the gradients of a random linear function of them; the same random masks."""
     model.zero_grad()
+    torch.manual_seed(0)
     result = model(**inputs)
     leaves = tree_leaves(result.to_tuple() if hasattr(result, "to_tuple") else result)
     outputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
