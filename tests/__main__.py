@@ -7,12 +7,14 @@ its own, `.venv-torch-VERSION`, which stays: 5 GB each for the versions whose wh
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKERS = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "worksteal")  # most of the time goes into compiling
 TRITON = {"2.11": "3.6", "2.13": "3.7", "2.15": "3.9"}  # torch -> the Triton made for it
 
 
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         failed = [version for version in args.torch if not passes(version, [arg for arg in pytest if arg != "--"])]
         print(*(f"torch {version}: {'FAILED' if version in failed else 'passed'}" for version in args.torch), sep="\n")
         return len(failed)
-    checks = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("pytest", *pytest))
+    checks = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",), ("pytest", *WORKERS, *pytest))
     return next((code for check in checks if (code := run(sys.executable, "-m", *check))), 0)
 
 
@@ -36,7 +38,7 @@ def passes(version: str, arguments: Sequence[str]) -> bool:
     steps = (
         () if folder.exists() else (sys.executable, "-m", "venv", str(folder)),
         (python, "-m", "pip", "install", "--quiet", *wanted),
-        (python, "-m", "pytest", *arguments),
+        (python, "-m", "pytest", *WORKERS, *arguments),
     )
     return not any(step and run(*step) for step in steps)
 
