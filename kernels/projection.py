@@ -203,8 +203,9 @@ def project_svd(weight: Tensor, support: Support, rank: int, iters: int = 20) ->
 
     Alternates between the support (exact, given the low-rank term) and the low-rank term (one warm-started step of
     subspace iteration towards the truncated SVD of what the support leaves), as in Hastie et al., "Matrix completion
-    and low-rank SVD via fast alternating least squares", JMLR 2015. It starts at the fixed basis and no step raises
-    the error, so the result is never worse than `project_fixed`. Not differentiable. NaN and inf come out as NaN.
+    and low-rank SVD via fast alternating least squares", JMLR 2015. It starts at the fixed basis, and no step raises
+    the error but by rounding, where the rank is more than the support leaves. The better of start and end is returned,
+    so it is never worse than `project_fixed`. Not differentiable. NaN and inf come out as NaN.
     """
     weight = weight.to(_compute_dtype(weight))
     rows, cols = block_index(support, weight.device)
@@ -212,10 +213,12 @@ def project_svd(weight: Tensor, support: Support, rank: int, iters: int = 20) ->
     blocks, u = project_fixed(weight, v, gram_inverse(support, v), rows, cols, support.block)
     if rank == 0 or not weight.isfinite().all():
         return blocks, u, v  # nothing to improve, or nothing that a factorisation could take
+    start = blocks, u, v
     kept = gather_blocks(weight, rows, cols, support.block)
     for _ in range(iters):
         remainder = weight - scatter_blocks(blocks, rows, cols, *weight.shape)
         v = torch.linalg.qr(remainder.mT @ (remainder @ v)).Q  # least squares for v, given u = remainder @ v
         u = remainder @ v
         blocks = kept - _lowrank_blocks(u, v, rows, cols, support.block)
-    return *project_fixed(weight, v, gram_inverse(support, v), rows, cols, support.block), v
+    end = *project_fixed(weight, v, gram_inverse(support, v), rows, cols, support.block), v
+    return min(end, start, key=lambda compact: relative_error(weight, densify(*compact, rows, cols)))

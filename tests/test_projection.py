@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -253,8 +253,19 @@ def svd_error(weight: Tensor, support: Support, rank: int, iters: int = 20) -> f
     return relative_error(weight, densify(*project_svd(weight, support, rank, iters), *block_index(support)))
 
 
+# Rounding spoils the steps here: the rank is more than the weight has rows.
+ROUNDED = Support(
+    22,
+    43,
+    4,
+    crow=(0, 4, 8, 12, 16, 19, 22),
+    col=(0, 1, 6, 7, 0, 1, 7, 8, 2, 3, 8, 9, 2, 3, 9, 10, 4, 5, 10, 4, 5, 6),
+)
+
+
 @settings(deadline=None, max_examples=60)
 @given(spaces, seeds)
+@example(Space(ROUNDED, 33), 0)
 def test_the_best_basis_is_never_worse(space: Space, seed: int) -> None:
     weight = space.random(seed, torch.float32)
     fixed = relative_error(weight, space.project(weight))
