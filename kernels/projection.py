@@ -220,5 +220,9 @@ def project_svd(weight: Tensor, support: Support, rank: int, iters: int = 20) ->
         v = torch.linalg.qr(remainder.mT @ (remainder @ v)).Q  # least squares for v, given u = remainder @ v
         u = remainder @ v
         blocks = kept - _lowrank_blocks(u, v, rows, cols, support.block)
-    end = *project_fixed(weight, v, gram_inverse(support, v), rows, cols, support.block), v
-    return min(end, start, key=lambda compact: relative_error(weight, densify(*compact, rows, cols)))
+    blocks, u = project_fixed(weight, v, gram_inverse(support, v), rows, cols, support.block)
+
+    def error(compact: tuple[Tensor, Tensor, Tensor]) -> float:
+        return relative_error(weight, densify(*compact, rows, cols))
+
+    return min((blocks, u, v), start, key=error)
