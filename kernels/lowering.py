@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,25 +17,14 @@ import torch
 # Before any template: Inductor's own import order, another one is circular.
 from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, register_lowering
 
-from pixelfly_compiler.kernels import attention, ops  # noqa: F401 - register torch.ops.pixelfly
+from pixelfly_compiler.kernels import attention, grouped_ops, ops  # noqa: F401 - register torch.ops.pixelfly
 
 from torch._inductor.lowering import lowerings as L  # isort: skip
 
 
-def _module(device: torch.device) -> ModuleType | None:
-    """The lowerings of a device; Triton is imported only when a GPU is compiled for."""
-    if device.type == "cpu":
-        from pixelfly_compiler.kernels import lowering_cpu
-
-        return lowering_cpu
-    if device.type == "cuda":
-        from pixelfly_compiler.kernels import lowering_gpu
-
-        return lowering_gpu
-    return None
-
-
-_BY_DEVICE = ("linear", "block_grad", "grouped_linear", "grouped_block_grad")
+_OPERATORS = ("linear", "block_grad", "grouped_linear", "grouped_block_grad", "attention", "attention_backward")
+# Imported when they are needed: Triton only when a GPU is compiled for. What a device lacks runs as its reference.
+_MODULES = {"cpu": ("lowering_cpu", "lowering_cpu_attention"), "cuda": ("lowering_gpu",)}
 
 
 def _overload(name: str) -> Any:
@@ -43,30 +32,11 @@ def _overload(name: str) -> Any:
 
 
 def _lower(name: str, x: Any, *args: Any) -> Any:
-    """`lower_<name>` of the device. GPUs have none for weights of several matrices yet."""
-    function = getattr(_module(x.get_device()), f"lower_{name}", None)
+    """`lower_<name>` of the device of `x`."""
+    modules = (import_module(f"{__package__}.{module}") for module in _MODULES.get(x.get_device().type, ()))
+    function = next((vars(module)[f"lower_{name}"] for module in modules if f"lower_{name}" in vars(module)), None)
     lowered = function(x, *args) if function else None
     return lowered or _fallback(_overload(name))(x, *args)
-
-
-def _lower_attention(q: Any, *args: Any) -> Any:
-    module = _attention_module(q.get_device())
-    lowered = module.lower_attention(q, *args) if module else None
-    return lowered or _fallback(torch.ops.pixelfly.attention.default)(q, *args)
-
-
-def _lower_attention_backward(g: Any, *args: Any) -> Any:
-    module = _attention_module(g.get_device())
-    lowered = module.lower_attention_backward(g, *args) if module else None
-    return lowered or _fallback(torch.ops.pixelfly.attention_backward.default)(g, *args)
-
-
-def _attention_module(device: torch.device) -> ModuleType | None:
-    if device.type != "cpu":
-        return None
-    from pixelfly_compiler.kernels import lowering_cpu_attention
-
-    return lowering_cpu_attention
 
 
 def _fallback(op: Any) -> Callable[..., Any]:
@@ -74,11 +44,7 @@ def _fallback(op: Any) -> Callable[..., Any]:
 
 
 def _lowered() -> dict[Any, Callable[..., Any]]:
-    return {
-        **{_overload(name): functools.partial(_lower, name) for name in _BY_DEVICE},
-        torch.ops.pixelfly.attention.default: _lower_attention,
-        torch.ops.pixelfly.attention_backward.default: _lower_attention_backward,
-    }
+    return {_overload(name): functools.partial(_lower, name) for name in _OPERATORS}
 
 
 @functools.cache

@@ -51,7 +51,8 @@ def _replace(node: Node) -> bool:
     query, key, value, mask = (given[name] for name in _NAMES[:4])
     if not _fits(node, query, key, value) or not _is_plain(given) or not (mask is None or _is_constant(mask)):
         return False
-    scale = given["scale"] or 1 / math.sqrt(value_of(query).shape[-1])  # type: ignore[union-attr]
+    features = value_of(query).shape[-1]  # type: ignore[union-attr]
+    scale = 1 / math.sqrt(features) if given["scale"] is None else given["scale"]
     with node.graph.inserting_before(node):
         operands = (query, key, value, _four_dimensional(mask), given["is_causal"], scale)
         pair = node.graph.call_function(torch.ops.pixelfly.attention.default, operands)

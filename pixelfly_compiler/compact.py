@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -68,8 +67,8 @@ class _Entry:
 
     version: int | None
     data_ptr: int
-    sample: Callable[[], object]
-    values: object
+    sample: Tensor
+    values: list[Any]
     compact: Compact
 
     def is_valid(self, weight: Tensor) -> bool:
@@ -77,7 +76,7 @@ class _Entry:
             self.version is not None
             and self.version == weight._version
             and self.data_ptr == weight.data_ptr()
-            and self.sample() == self.values
+            and self.sample.tolist() == self.values
         )
 
 
@@ -120,7 +119,7 @@ def _entry(weight: Tensor, form: Form) -> _Entry:
         version = None if weight.is_inference() or _is_gathered(weight) else weight._version
         matrix = _matrix(weight.detach(), form)
         sample = _sample(matrix)
-        return _Entry(version, weight.data_ptr(), sample, sample(), _compact(matrix, form))
+        return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(matrix, form))
 
 
 def _is_gathered(weight: Tensor) -> bool:
@@ -132,13 +131,14 @@ def _is_gathered(weight: Tensor) -> bool:
     return any(held.get("_unsharded_param") is weight for held in fields)
 
 
-def _sample(matrix: Tensor) -> Callable[[], object]:
-    """Reads a few elements, as they are now. What is written to `weight.data` leaves no trace in the version, and some
-    optimizers write there: but then hardly any element stays as it is.
+def _sample(matrix: Tensor) -> Tensor:
+    """A few elements, as integers, in the weight's own memory. What is written to `weight.data` leaves no trace in the
+    version, and some optimizers write there: but then hardly any element stays as it is.
+
+    To be read without numpy, after which FSDP could not free the weight's storage.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    few = matrix[tuple(slice(None, None, max(size // 3, 1)) for size in matrix.shape)].view(integer)
-    return few.tolist  # not through numpy, after which FSDP could not free the weight's storage
+    return matrix[tuple(slice(None, None, max(size // 3, 1)) for size in matrix.shape)].view(integer)
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:

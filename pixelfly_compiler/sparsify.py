@@ -27,6 +27,7 @@ from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchErro
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
 from pixelfly_compiler.passes.sites import Site
+from pixelfly_compiler.passes.weights import own_name
 from pixelfly_compiler.plan import make_plan
 
 log = logging.getLogger("pixelfly_compiler")
@@ -126,7 +127,7 @@ def load_weights_(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict:
     A tied weight may be there under one of its names only, as in safetensors. `strict` is `load_state_dict`'s.
     """
     model = getattr(model, "_orig_mod", model)
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state_dict.items()}
+    state = {own_name(name): tensor for name, tensor in state_dict.items()}
     targets = _targets_of_state(model, state)
     with _all_or_nothing(targets):
         if targets:
@@ -185,7 +186,7 @@ def compact_weights(model: nn.Module) -> Iterator[_Held]:
             continue
         for attribute, originals in list(module.parametrizations.items()):
             if isinstance(originals[0], CompactWeight):
-                yield _Held(f"{path}.{attribute}".lstrip(".").replace("_orig_mod.", ""), module, attribute)
+                yield _Held(own_name(f"{path}.{attribute}".lstrip(".")), module, attribute)
 
 
 def dense_parameters_of_compact_models() -> set[int]:
@@ -250,7 +251,7 @@ def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     names: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module.named_parameters(recurse=False):
-            names[f"{path}.{attribute}".lstrip(".").replace("_orig_mod.", "")] = id(parameter)
+            names[own_name(f"{path}.{attribute}".lstrip("."))] = id(parameter)
             holders.setdefault(id(parameter), {})[id(module), attribute] = (module, attribute)
     return {name: list(holders[key].values()) for name, key in names.items()}
 

@@ -127,6 +127,7 @@ def slow_library(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, 1),
         ({"is_causal": True}, 1),
         ({"scale": 0.3}, 1),
+        ({"scale": 0.0}, 1),
         ({"attn_mask": torch.ones(32, 32, dtype=torch.bool).tril()}, 1),
         ({"attn_mask": torch.randn(2, 1, 1, 32)}, 1),
         ({"learned": True}, 0),
