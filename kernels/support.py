@@ -14,6 +14,9 @@ kept blocks differ by at most one), and so are the block columns:
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
   The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
   and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
+- *Where the list begins.* The kept offsets are those from place `first` on, in a cycle: strides + 1 of them, so that as
+  many blocks are kept wherever the list begins. Layers that begin at different places mix different blocks, and depth
+  composes the whole butterfly; at 0, the paper's pattern, all layers have the same disconnected groups.
 - *Rectangles whose long side is no multiple of the short one.* The blocks left over after stretching walk around the
   short side in a cycle; see `_surplus_links`.
 - *Tails.* The last block row and column may reach over the edge of the weight; what lies outside counts as masked.
@@ -133,14 +136,14 @@ def dense_support(out_features: int, in_features: int, block: int) -> Support:
 
 
 @lru_cache(maxsize=256)
-def flat_butterfly(out_features: int, in_features: int, block: int, strides: int) -> Support:
-    """Flat block butterfly with the first `strides` offsets besides the diagonal (see the module's docstring).
+def flat_butterfly(out_features: int, in_features: int, block: int, strides: int, first: int = 0) -> Support:
+    """Flat block butterfly with strides + 1 offsets from place `first` of their list (see the module's docstring).
 
     Each block of the longer side keeps exactly strides + 1 blocks; those of the shorter side share them evenly.
     More strides only add blocks. For unequal sides, exchanging them transposes the support.
     """
-    short, long = _check_strides(out_features, in_features, block, strides)
-    linked = _links(long, short, strides).ravel()
+    short, long = _check_strides(out_features, in_features, block, strides, first)
+    linked = _links(long, short, strides, first).ravel()
     index = np.repeat(np.arange(long), strides + 1)
     rows, cols = (index, linked) if out_features >= in_features else (linked, index)
     return Support.from_coordinates(out_features, in_features, block, rows, cols)
@@ -152,19 +155,19 @@ def max_strides(out_features: int, in_features: int, block: int) -> int:
 
 
 @lru_cache(maxsize=65536)
-def kept_elements(out_features: int, in_features: int, block: int, strides: int) -> int:
-    """`flat_butterfly(...).kept` without building the support.
+def kept_elements(out_features: int, in_features: int, block: int, strides: int, first: int = 0) -> int:
+    """`flat_butterfly(...).kept` without building the support. Nowhere more than with `first` 0.
 
     Whole blocks, less what the last block row and the last block column have outside the weight; only the shorter
     side's last block needs more than a multiplication.
     """
-    short, long = _check_strides(out_features, in_features, block, strides)
+    short, long = _check_strides(out_features, in_features, block, strides, first)
     short_excess = short * block - min(out_features, in_features)
     long_excess = long * block - max(out_features, in_features)
     outside = long_excess * (strides + 1) * block
     if short_excess:
         outside += short_excess * block * _links_of_last(long, short, strides)
-        outside -= short_excess * long_excess * int((_links(long, short, strides, first=long - 1) == short - 1).any())
+        outside -= short_excess * long_excess * int((_links(long, short, strides, first, at=long - 1) == short - 1).any())
     return long * (strides + 1) * block * block - outside
 
 
@@ -184,16 +187,16 @@ def strides_within(out_features: int, in_features: int, block: int, density: flo
 # ---- which blocks of the shorter side each block of the longer side keeps ----
 
 
-def _links(long: int, short: int, strides: int, first: int = 0) -> IntArray:
-    """The blocks of the short side kept by each block of the long side from `first` on: (long - first, strides + 1).
+def _links(long: int, short: int, strides: int, first: int, at: int = 0) -> IntArray:
+    """The blocks of the short side kept by each block of the long side from `at` on: (long - at, strides + 1).
 
     Stretching gives each logical index `long // short` neighbouring blocks; the blocks left over come last.
     """
     stretch = long // short
     stretched = stretch * short
-    regular = np.arange(min(first, stretched), stretched) // stretch
-    surplus = np.arange(max(first, stretched), long) - stretched
-    offsets = _offsets(short)[: strides + 1]
+    regular = np.arange(min(at, stretched), stretched) // stretch
+    surplus = np.arange(max(at, stretched), long) - stretched
+    offsets = np.take(_offsets(short), range(first, first + strides + 1), mode="wrap")
     stretched_links = _add_digits(short, regular[:, None], offsets)
     return np.concatenate([stretched_links, _surplus_links(long, short, strides, surplus)])
 
@@ -285,13 +288,17 @@ def _block_extents(features: int, block: int) -> IntArray:
     return np.minimum(block, features - np.arange(0, features, block))
 
 
-def _check_strides(out_features: int, in_features: int, block: int, strides: int) -> tuple[int, int]:
+def _check_strides(
+    out_features: int, in_features: int, block: int, strides: int, first: int = 0
+) -> tuple[int, int]:
     short, long = _block_sides(out_features, in_features, block)
     if not 0 <= strides < short:
         raise ValueError(
             f"strides must lie in 0..{short - 1} for a ({out_features}, {in_features}) weight in blocks of {block}, "
             f"got {strides}"
         )
+    if not 0 <= first < short:
+        raise ValueError(f"first must lie in 0..{short - 1}, as strides do, got {first}")
     return short, long
 
 

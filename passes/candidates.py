@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pixelfly_compiler.kernels.support import flat_butterfly, max_strides
-from pixelfly_compiler.passes.cost import Device, dense_time, kept_of, sparse_time
+from pixelfly_compiler.kernels.support import max_strides
+from pixelfly_compiler.passes.cost import Device, dense_time, sparse_time
 from pixelfly_compiler.passes.sites import Site, SiteConfig
 
 HARDWARE_BLOCK = 16
@@ -58,7 +58,7 @@ def candidates(
     found = []
     for place, block in enumerate(blocks):
         for strides in _strides_tried(site, block, most_strides):
-            kept = kept_of(site, SiteConfig(block, strides, 0))
+            kept = SiteConfig(block, strides, 0).kept_blocks(site.out_features, site.in_features)
             for rank, penalty in _ranks(site, kept, budget, lowrank_share):
                 total = kept + rank * (site.out_features + site.in_features)
                 config = SiteConfig(block, strides, rank)
@@ -125,7 +125,7 @@ def relative_errors(site: Site, configs: Sequence[SiteConfig], weight: torch.Ten
 
 
 def _relative_error(site: Site, config: SiteConfig, energy: np.ndarray) -> float:
-    support = flat_butterfly(site.out_features, site.in_features, config.block, config.strides)
+    support = config.support(site.out_features, site.in_features)
     outside = max(1 - float(energy[support.rows(), support.cols()].sum()), 0.0)
     dropped_columns = max(site.in_features * (1 - support.density), 1.0)
     return outside * max(1 - config.rank / dropped_columns, 0.0)

@@ -17,7 +17,6 @@ import sympy
 import torch
 
 from pixelfly_compiler.kernels.gpus import Gpu
-from pixelfly_compiler.kernels.support import kept_elements
 from pixelfly_compiler.passes.sites import Site, SiteConfig
 
 M, OUT, IN, KEPT, RANK, SIZE = SYMBOLS = sympy.symbols("rows out in kept rank size", positive=True, integer=True)
@@ -43,15 +42,10 @@ def _compiled(expression: sympy.Expr) -> Callable[..., int]:
 
 def evaluate(expression: sympy.Expr, site: Site, config: SiteConfig | None = None) -> int:
     """An expression above, for a site and how it is made sparse."""
-    kept = site.elements if config is None else kept_of(site, config)
+    kept = site.elements if config is None else config.kept_blocks(site.out_features, site.in_features)
     rank = 0 if config is None else config.rank
     size = getattr(torch, site.dtype).itemsize
     return int(_compiled(expression)(site.rows, site.out_features, site.in_features, kept, rank, size))
-
-
-def kept_of(site: Site, config: SiteConfig) -> int:
-    """Kept elements of the support, without building it."""
-    return kept_elements(site.out_features, site.in_features, config.block, config.strides)
 
 
 def dense_flops(site: Site) -> int:

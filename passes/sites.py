@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
 from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.roles import assign_roles
@@ -46,11 +47,30 @@ from pixelfly_compiler.passes.weights import (
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """How a site is made sparse: `block` x `block` blocks at the first `strides` strides, and a term of rank `rank`."""
+    """How a site is made sparse: `block` x `block` blocks at `strides` strides beside the first one, which is the
+    diagonal unless `first` says otherwise (see `kernels.support`), and a term of rank `rank`.
+    """
 
     block: int
     strides: int
     rank: int
+    first: int = 0
+
+    def support(self, out_features: int, in_features: int) -> Support:
+        """The kept blocks of an (out, in) weight."""
+        return flat_butterfly(out_features, in_features, self.block, self.strides, self.first)
+
+    def kept_blocks(self, out_features: int, in_features: int) -> int:
+        """Elements of the kept blocks of an (out, in) weight, without building the support."""
+        return kept_elements(out_features, in_features, self.block, self.strides, self.first)
+
+    def kept(self, out_features: int, in_features: int) -> int:
+        """Elements of the kept blocks and of the low-rank factors."""
+        return self.kept_blocks(out_features, in_features) + self.rank * (out_features + in_features)
+
+    def __str__(self) -> str:
+        begin = f" from {self.first}" if self.first else ""
+        return f"block {self.block}, strides {self.strides}{begin}, rank {self.rank}"
 
 
 @dataclass(frozen=True)

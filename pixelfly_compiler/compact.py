@@ -21,7 +21,7 @@ from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.projection import project_each
 from pixelfly_compiler.kernels.projection_cpu import Projector
-from pixelfly_compiler.kernels.support import Support, flat_butterfly
+from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.passes.weights import Region
@@ -161,7 +161,7 @@ def _oriented(matrix: Tensor, form: Form) -> Tensor:
 
 
 def _support(dense: Tensor, config: SiteConfig) -> Support:
-    return flat_butterfly(*dense.shape[-2:], config.block, config.strides)
+    return config.support(*dense.shape[-2:])
 
 
 def _projector(dense: Tensor, config: SiteConfig) -> Projector:

@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 BASES = ("fixed", "svd")
 BLOCK_SIZES = (16, 32, 64, 128)
 # With a ready plan these have nothing left to decide.
-DECIDED_BY_PLAN = ("budget", "allocator", "block_size", "lowrank_share", "basis", "include", "exclude", "force")
+DECIDED_BY_PLAN = (
+    "budget",
+    "allocator",
+    "block_size",
+    "lowrank_share",
+    "basis",
+    "vary_strides",
+    "include",
+    "exclude",
+    "force",
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Config:
     block_size     16, 32, 64 or 128; None: the largest of 64, 32 and 16 that meets the budget
     lowrank_share  share of a site's kept compute in its low-rank term, 0 <= share < 1; None: a quarter to a third
     basis          "fixed": one orthonormal basis per shape; "svd": the best one for each weight, inference only
+    vary_strides   let each layer begin at other strides, so that depth mixes all blocks: see `kernels/support.py`
     include        globs of parameter names; if given, only weights that match one are made sparse
     exclude        globs of parameter names that stay dense; wins over `include`
     force          make every eligible site sparse, even where dense is predicted to be faster
@@ -41,6 +52,7 @@ class Config:
     block_size: int | None = None
     lowrank_share: float | None = None
     basis: str = "fixed"
+    vary_strides: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     force: bool = False
@@ -52,6 +64,7 @@ class Config:
         if self.lowrank_share is not None:
             _check_number("lowrank_share", self.lowrank_share, "None or a number in [0, 1)", lambda v: 0 <= v < 1)
         _check_choice("basis", self.basis, BASES)
+        _check_choice("vary_strides", self.vary_strides, (False, True))
         _check_choice("force", self.force, (False, True))
         object.__setattr__(self, "include", _globs("include", self.include))
         object.__setattr__(self, "exclude", _globs("exclude", self.exclude))

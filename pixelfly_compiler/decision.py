@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteError
-from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
+from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.sites import Site, SiteConfig, parameter_of
 from pixelfly_compiler.passes.weights import Region
 
@@ -72,8 +72,7 @@ class Entry:
         """Elements that the matmul computes with: kept ones and low-rank factors; all where it is dense."""
         if self.config is None:
             return self.out_features * self.in_features
-        blocks = kept_elements(self.out_features, self.in_features, self.config.block, self.config.strides)
-        return blocks + self.config.rank * (self.out_features + self.in_features)
+        return self.config.kept(self.out_features, self.in_features)
 
     @property
     def kept_share(self) -> float:
@@ -89,15 +88,13 @@ class Entry:
 
     @property
     def decision(self) -> str:
-        if self.config is None:
-            return "dense"
-        return f"block {self.config.block}, strides {self.config.strides}, rank {self.config.rank}"
+        return "dense" if self.config is None else str(self.config)
 
     def support(self) -> Support:
         """The kept blocks of the (out, in) weight. A dense entry has none."""
         if self.config is None:
             raise PlanError(f"dense: {self.reason}", site=self.name, next_step="ask only for sites with a config")
-        return flat_butterfly(self.out_features, self.in_features, self.config.block, self.config.strides)
+        return self.config.support(self.out_features, self.in_features)
 
 
 @dataclass(frozen=True)

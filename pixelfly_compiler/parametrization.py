@@ -9,12 +9,14 @@ as it would in the dense layer. Take an input x of n features, each about one, o
 blocks; gamma as it starts; V with columns of about unit length, so that t = V^T x is about one in each of r features.
 
 *Adam-like* optimizers move every stored element by about lr, so a factor by scale lr. The dense y moves by lr n, adding
-up over n inputs; through the blocks by gamma scale lr d n, through U by (1 - gamma) scale lr r. Equal moves need
+up over n inputs; through the blocks by gamma scale lr d n, through U by (1 - gamma) scale lr r, through V by
+(1 - gamma) |U| lr r n. The moves add up, so that each part is to move y half as far as the dense layer does (all the
+way, for blocks alone):
 
-    blocks: 1 / (gamma d)        U: n / (4 (1 - gamma) r)        V: 1
+    blocks: 1 / (2 gamma d)        U: n / (8 (1 - gamma) r)        V: 1
 
-The 4 and V's 1 are what trained best on a byte-level GPT: r directions seldom agree as n inputs do, and V moves
-U V^T x by (1 - gamma) |U| lr r n, which is about as much already.
+U has a factor of 4 less, since r directions seldom agree as n inputs do, and V needs no more: its move is about that
+already. Both trained best on a byte-level GPT, at the dense model's best rate (`benchmarks/quality.py`).
 
 *SGD-like* optimizers move a stored element by lr scale (the factor's gradient), so a factor by lr scale^2 times its
 gradient. With g the gradient of y, the dense y moves by lr g |x|^2 = lr g n; through the blocks by
@@ -62,7 +64,7 @@ class Scales:
         if not rank:
             return cls(1 / density if optimizer == "adam" else math.sqrt(1 / density))
         if optimizer == "adam":
-            return cls(1 / (GAMMA * density), features / (4 * (1 - GAMMA) * rank))
+            return cls(1 / (2 * GAMMA * density), features / (8 * (1 - GAMMA) * rank))
         share = lowrank_share(support, rank)
         return cls(
             math.sqrt(1 / (2 * density)) / GAMMA,

@@ -7,6 +7,7 @@ make_plan(found)   -->  candidates per site, one role for repeated layers, alloc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pixelfly_compiler.capture import capture
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
-from pixelfly_compiler.kernels.support import kept_elements
+from pixelfly_compiler.kernels.support import max_strides
 from pixelfly_compiler.oracle import project, project_
 from pixelfly_compiler.passes import candidates as ways
 from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, allocate
@@ -191,12 +192,13 @@ class _Problem:
     def decisions(self, allocation: Allocation) -> dict[str, tuple[SiteConfig | None, str | None]]:
         """Site name -> (config, reason if dense)."""
         decided: dict[str, tuple[SiteConfig | None, str | None]] = {}
-        for (role, sites), choice in zip(self.free.items(), allocation.choices, strict=False):
+        for place, ((role, sites), choice) in enumerate(zip(self.free.items(), allocation.choices, strict=False)):
             if choice is None:
-                outcome: tuple[SiteConfig | None, str | None] = (None, self._why_dense(role))
-            else:
-                outcome = (self.chosen[role][choice].config, None)
-            decided |= {site.name: outcome for site in sites}
+                decided |= {site.name: (None, self._why_dense(role)) for site in sites}
+                continue
+            config = self.chosen[role][choice].config
+            for layer, site in enumerate(sites):
+                decided[site.name] = (_moved(site, config, place + layer) if self.config.vary_strides else config, None)
         return decided
 
     def _why_dense(self, role: str) -> str:
@@ -209,11 +211,16 @@ class _Problem:
         return "no sparse form is predicted faster than dense"
 
 
+def _moved(site: Site, config: SiteConfig, places: int) -> SiteConfig:
+    """The config with other strides, none in common with the place before: all are used, layer by layer."""
+    offsets = max_strides(site.out_features, site.in_features, config.block) + 1
+    return replace(config, first=places * (config.strides + 1) % offsets)
+
+
 def _kept_flops(site: Site, config: SiteConfig | None) -> float:
     kept = site.elements
     if config is not None:
-        kept = kept_elements(site.out_features, site.in_features, config.block, config.strides)
-        kept += config.rank * (site.out_features + site.in_features)
+        kept = config.kept(site.out_features, site.in_features)
     return 2.0 * max(site.rows, 1) * max(kept, 1)  # an empty weight costs next to nothing, and never divides by zero
 
 

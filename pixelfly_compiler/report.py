@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
@@ -71,10 +72,11 @@ def table(plan: Plan) -> Table:
 
 
 def fold(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries that share role, shape, rows and decision, in order; those that no matmul uses come last."""
+    """Entries that share role, shape, rows and decision, wherever their strides begin; what no matmul uses is last."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in sorted(entries, key=lambda entry: not entry.is_site):
-        key = (entry.role or entry.name, entry.weight_shape, entry.rows, entry.config, entry.reason)
+        config = entry.config and replace(entry.config, first=0)
+        key = (entry.role or entry.name, entry.weight_shape, entry.rows, config, entry.reason)
         groups.setdefault(key, []).append(entry)
     return list(groups.values())
 
@@ -88,7 +90,10 @@ def _row(entries: Sequence[Entry]) -> list[str]:
     rows = first.rows_expr if first.rows_expr.isdigit() else f"{first.rows_expr} ({first.rows})"
     several = f"{first.matrices} of " if first.matrices > 1 else ""
     shape = f"{several}{first.out_features} x {first.in_features}"
+    configs = {entry.config for entry in entries}
     decision = first.decision if first.reason is None else f"dense: {first.reason}"
+    if len(configs) > 1 and first.config is not None:
+        decision = f"{replace(first.config, first=0)}, varied"
     speed = "" if first.speedup is None else f"{first.speedup:.1f}x"
     return [names, str(len(entries)), shape, rows, decision, f"{first.kept_share:.1%}", speed]
 

@@ -64,7 +64,8 @@ def sparsify_(
     _check_choice("optimizer", optimizer, OPTIMIZERS)
     if "basis" in options:
         raise OptionError("sparsify_ has no option 'basis'", next_step="leave it out: u and v are both learned")
-    config, others = Config.from_options(options)
+    varied = {} if options.get("plan") is not None else {"vary_strides": True}
+    config, others = Config.from_options(varied | options)
     if others:
         raise TypeError(f"sparsify_() got an unexpected option {next(iter(others))!r}")
     _check_model(model)
