@@ -14,9 +14,10 @@ kept blocks differ by at most one), and so are the block columns:
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
   The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
   and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
-- *Where the list begins.* The kept offsets are those from place `first` on, in a cycle: strides + 1 of them, so that as
-  many blocks are kept wherever the list begins. Layers that begin at different places mix different blocks, and depth
-  composes the whole butterfly; at 0, the paper's pattern, all layers have the same disconnected groups.
+- *Where the strides begin.* Beside the diagonal the kept offsets are `strides` of the others from place `first` on, in a
+  cycle; without strides it is the one offset at place `first` of the whole list. As many blocks are kept wherever they
+  begin. Layers that begin at different places mix different blocks, and depth composes the whole butterfly; with `first`
+  0, the paper's pattern, all layers have the same disconnected groups.
 - *Rectangles whose long side is no multiple of the short one.* The blocks left over after stretching walk around the
   short side in a cycle; see `_surplus_links`.
 - *Tails.* The last block row and column may reach over the edge of the weight; what lies outside counts as masked.
@@ -137,7 +138,7 @@ def dense_support(out_features: int, in_features: int, block: int) -> Support:
 
 @lru_cache(maxsize=256)
 def flat_butterfly(out_features: int, in_features: int, block: int, strides: int, first: int = 0) -> Support:
-    """Flat block butterfly with strides + 1 offsets from place `first` of their list (see the module's docstring).
+    """Flat block butterfly: the diagonal and `strides` offsets from place `first` on (see the module's docstring).
 
     Each block of the longer side keeps exactly strides + 1 blocks; those of the shorter side share them evenly.
     More strides only add blocks. For unequal sides, exchanging them transposes the support.
@@ -167,7 +168,9 @@ def kept_elements(out_features: int, in_features: int, block: int, strides: int,
     outside = long_excess * (strides + 1) * block
     if short_excess:
         outside += short_excess * block * _links_of_last(long, short, strides)
-        outside -= short_excess * long_excess * int((_links(long, short, strides, first, at=long - 1) == short - 1).any())
+        outside -= (
+            short_excess * long_excess * int((_links(long, short, strides, first, at=long - 1) == short - 1).any())
+        )
     return long * (strides + 1) * block * block - outside
 
 
@@ -196,8 +199,7 @@ def _links(long: int, short: int, strides: int, first: int, at: int = 0) -> IntA
     stretched = stretch * short
     regular = np.arange(min(at, stretched), stretched) // stretch
     surplus = np.arange(max(at, stretched), long) - stretched
-    offsets = np.take(_offsets(short), range(first, first + strides + 1), mode="wrap")
-    stretched_links = _add_digits(short, regular[:, None], offsets)
+    stretched_links = _add_digits(short, regular[:, None], _kept_offsets(short, strides, first))
     return np.concatenate([stretched_links, _surplus_links(long, short, strides, surplus)])
 
 
@@ -265,6 +267,14 @@ def _offsets(n: int) -> IntArray:
     return offset[np.lexsort((index, changed))]
 
 
+def _kept_offsets(n: int, strides: int, first: int) -> IntArray:
+    """The diagonal's and `strides` others, (strides + 1,). They span more of the group together than without it."""
+    offsets = _offsets(n)
+    if not strides:
+        return offsets[first : first + 1]
+    return np.append(offsets[:1], np.take(offsets[1:], range(first, first + strides), mode="wrap"))
+
+
 def _add_digits(n: int, a: IntArray, b: IntArray) -> IntArray:
     """a + b in the group of n's digits, without carries (XOR where n is a power of two); a and b broadcast."""
     total, place = np.zeros(np.broadcast_shapes(a.shape, b.shape), np.int64), 1
@@ -288,9 +298,7 @@ def _block_extents(features: int, block: int) -> IntArray:
     return np.minimum(block, features - np.arange(0, features, block))
 
 
-def _check_strides(
-    out_features: int, in_features: int, block: int, strides: int, first: int = 0
-) -> tuple[int, int]:
+def _check_strides(out_features: int, in_features: int, block: int, strides: int, first: int = 0) -> tuple[int, int]:
     short, long = _block_sides(out_features, in_features, block)
     if not 0 <= strides < short:
         raise ValueError(

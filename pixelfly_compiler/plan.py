@@ -212,9 +212,11 @@ class _Problem:
 
 
 def _moved(site: Site, config: SiteConfig, places: int) -> SiteConfig:
-    """The config with other strides, none in common with the place before: all are used, layer by layer."""
-    offsets = max_strides(site.out_features, site.in_features, config.block) + 1
-    return replace(config, first=places * (config.strides + 1) % offsets)
+    """The config with the strides that come so many places later: layer by layer, all are used."""
+    others = max_strides(site.out_features, site.in_features, config.block)
+    if not config.strides:
+        return replace(config, first=places % (others + 1))
+    return replace(config, first=places * config.strides % others)
 
 
 def _kept_flops(site: Site, config: SiteConfig | None) -> float:

@@ -465,6 +465,14 @@ def test_gradients_accumulate_and_graphs_are_kept() -> None:
     assert_same_gradients(model, twice(run), twice(projected(model, made)), x)
 
 
+def test_layers_with_varied_strides() -> None:
+    model, x = Mlp(), some_x()
+    options = OPTIONS | {"vary_strides": True}
+    made, run = plan(model, x, **options), torch.compile(model, backend="pixelfly", options=options)
+    assert len({made[f"layers.{layer}.up.weight"].support() for layer in range(2)}) == 2
+    assert_same_gradients(model, run, projected(model, made), x)
+
+
 def test_train_and_eval_mean_the_same() -> None:
     model, x = nn.Sequential(Mlp(), nn.Dropout(0.5)), some_x()
     made, run = planned(model, x), compiled(model)

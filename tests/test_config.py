@@ -37,6 +37,7 @@ def test_inductor_options_pass_through() -> None:
         ({"block_size": 48}, ["'block_size'", "None, 16, 32, 64, 128"]),
         ({"lowrank_share": 1.0}, ["'lowrank_share'", "[0, 1)"]),
         ({"basis": "random"}, ["'basis'", "'fixed', 'svd'"]),
+        ({"vary_strides": "yes"}, ["'vary_strides'", "False, True"]),
         ({"force": 1}, ["'force'", "False, True"]),
         ({"include": 3}, ["'include'", "glob"]),
         ({"exclude": ["a", 3]}, ["'exclude'", "glob"]),

@@ -332,6 +332,17 @@ def test_a_table_at_any_width_names_all_and_folds_layers() -> None:
     assert str(made).count("\n") > 3
 
 
+def test_varied_strides_keep_as_much_and_stay_one_row_of_the_table() -> None:
+    model = Mlp(128, layers=3)
+    same, varied = (small_plan(model, budget=0.5, vary_strides=vary) for vary in (False, True))
+    supports = [[varied[f"layers.{layer}.{place}.weight"].support() for layer in range(3)] for place in (0, 1)]
+    assert all(len(set(layers)) == 3 for layers in supports)
+    assert varied.kept == same.kept
+    assert str(varied).count("varied") == len(same.sparse) // 3
+    assert Plan.from_json(varied.to_json()) == varied
+    assert varied.digest != same.digest
+
+
 # ---- from a model ----
 
 

@@ -75,6 +75,25 @@ def test_large_sizes(out_features: int, in_features: int, block: int, share: flo
     assert support.kept == kept_elements(out_features, in_features, block, strides)
 
 
+@settings(deadline=None, max_examples=150)
+@given(small_sides, small_sides, blocks, st.data())
+def test_the_list_may_begin_anywhere(out_features: int, in_features: int, block: int, data: st.DataObject) -> None:
+    places = max_strides(out_features, in_features, block) + 1
+    strides, first = data.draw(st.integers(0, places - 1)), data.draw(st.integers(0, places - 1))
+    support = flat_butterfly(out_features, in_features, block, strides, first)
+    at_zero = flat_butterfly(out_features, in_features, block, strides)
+    assert_balanced(support)
+    assert support.nnz == at_zero.nnz
+    assert support.kept == kept_elements(out_features, in_features, block, strides, first) <= at_zero.kept
+
+
+def test_layers_that_begin_at_different_places_compose_what_one_place_never_does() -> None:
+    same = mask(flat_butterfly(8, 8, 1, 1))
+    assert (np.linalg.matrix_power(same, 3) > 0).sum() == 16
+    varied = [mask(flat_butterfly(8, 8, 1, 1, first)) for first in (0, 1, 2)]
+    assert (np.linalg.multi_dot(varied) > 0).sum() == 64
+
+
 @settings(deadline=None, max_examples=100)
 @given(small_sides, small_sides, st.data())
 def test_more_strides_only_add_blocks(out_features: int, in_features: int, data: st.DataObject) -> None:
@@ -264,6 +283,8 @@ def test_strides_out_of_range_are_refused(strides: int) -> None:
     for function in (flat_butterfly, kept_elements):
         with pytest.raises(ValueError, match=rf"strides must lie in 0\.\.1 for a \(32, 64\) .* got {strides}"):
             function(32, 64, 16, strides)
+        with pytest.raises(ValueError, match=rf"first must lie in 0\.\.1, .* got {strides}"):
+            function(32, 64, 16, 0, strides)
 
 
 def test_block_rows_out_of_range_are_refused() -> None:
