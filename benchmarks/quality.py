@@ -115,7 +115,8 @@ def compact(size: Size, ids: Tensor, **options: Any) -> Built:
 def one_line(size: Size, ids: Tensor, **options: Any) -> Built:
     model = gpt(size)
     plan = pixelfly_compiler.plan(model, (ids,), {"labels": ids}, force=True, **options)
-    return Built(model, torch.compile(model, backend="pixelfly", options={"plan": plan}), plan.kept)
+    planned: dict[str, Any] = {"plan": plan}
+    return Built(model, torch.compile(model, backend="pixelfly", options=planned), plan.kept)
 
 
 def random_blocks(size: Size, ids: Tensor, budget: float) -> Built:

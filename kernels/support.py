@@ -14,10 +14,10 @@ kept blocks differ by at most one), and so are the block columns:
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
   The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
   and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
-- *Where the strides begin.* Beside the diagonal the kept offsets are `strides` of the others from place `first` on, in a
-  cycle; without strides it is the one offset at place `first` of the whole list. As many blocks are kept wherever they
-  begin. Layers that begin at different places mix different blocks, and depth composes the whole butterfly; with `first`
-  0, the paper's pattern, all layers have the same disconnected groups.
+- *Where the strides begin.* Beside the diagonal the kept offsets are `strides` of the others from place `first` on, in
+  a cycle; without strides it is the one offset at place `first` of the whole list. As many blocks are kept wherever
+  they begin. Layers that begin at different places mix different blocks, and depth composes the whole butterfly; with
+  `first` 0, the paper's pattern, all layers have the same disconnected groups.
 - *Rectangles whose long side is no multiple of the short one.* The blocks left over after stretching walk around the
   short side in a cycle; see `_surplus_links`.
 - *Tails.* The last block row and column may reach over the edge of the weight; what lies outside counts as masked.
@@ -168,9 +168,8 @@ def kept_elements(out_features: int, in_features: int, block: int, strides: int,
     outside = long_excess * (strides + 1) * block
     if short_excess:
         outside += short_excess * block * _links_of_last(long, short, strides)
-        outside -= (
-            short_excess * long_excess * int((_links(long, short, strides, first, at=long - 1) == short - 1).any())
-        )
+        corner = (_links(long, short, strides, first, at=long - 1) == short - 1).any()
+        outside -= short_excess * long_excess * int(corner)
     return long * (strides + 1) * block * block - outside
 
 

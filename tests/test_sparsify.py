@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 import pixelfly_compiler as pf
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
-from pixelfly_compiler.kernels.support import Support, flat_butterfly
+from pixelfly_compiler.kernels.support import flat_butterfly
 from pixelfly_compiler.parametrization import CompactWeight, Scales
 from pixelfly_compiler.passes.sites import SiteConfig
 
