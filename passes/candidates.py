@@ -48,10 +48,12 @@ def candidates(
     budget: float,
     lowrank_share: float | None = None,
     force: bool = False,
+    mixing: bool = False,
     most_strides: int = 256,
 ) -> list[Candidate]:
     """Every config that keeps less than all and is predicted faster than dense; with `force`, faster or not.
 
+    `mixing`: rather smaller blocks than no stride beside the diagonal.
     The prediction is for the forward pass, in training too: a model must not change its meaning between the two.
     """
     limit = float("inf") if force else dense_time(site, device) / MARGIN
@@ -67,7 +69,8 @@ def candidates(
                     continue
                 time = sparse_time(site, config, device)
                 if time < limit or force:
-                    found.append(Candidate(config, total, time, 4 * place + penalty))
+                    bare = 4 * len(blocks) if mixing and not strides else 0
+                    found.append(Candidate(config, total, time, bare + 4 * place + penalty))
     return found
 
 

@@ -40,7 +40,8 @@ class Config:
     block_size     16, 32, 64 or 128; None: the largest of 64, 32 and 16 that meets the budget
     lowrank_share  share of a site's kept compute in its low-rank term, 0 <= share < 1; None: a quarter to a third
     basis          "fixed": one orthonormal basis per shape; "svd": the best one for each weight, inference only
-    vary_strides   let each layer begin at other strides, so that depth mixes all blocks: see `kernels/support.py`
+    vary_strides   let layers begin at different strides, of which each has one at least where the budget allows it:
+                   depth then mixes all blocks, see `kernels/support.py`
     include        globs of parameter names; if given, only weights that match one are made sparse
     exclude        globs of parameter names that stay dense; wins over `include`
     force          make every eligible site sparse, even where dense is predicted to be faster

@@ -138,9 +138,11 @@ class _Problem:
     def _level(self, role: str) -> int:
         """How many block sizes, in order of preference, this role needs to come near the budget by itself."""
         target = self.config.budget * self.free[role][0].elements
-        for level in range(1, len(self.blocks) + 1):
-            if any(0.85 * target <= way.kept <= 1.25 * target for way in self._candidates(role, level)):
-                return level
+        for least_strides in (1, 0) if self.config.vary_strides else (0,):
+            for level in range(1, len(self.blocks) + 1):
+                mixing = (way for way in self._candidates(role, level) if way.config.strides >= least_strides)
+                if any(0.85 * target <= way.kept <= 1.25 * target for way in mixing):
+                    return level
         return len(self.blocks)
 
     def _candidates(self, role: str, level: int) -> list[ways.Candidate]:
@@ -154,6 +156,7 @@ class _Problem:
                 budget=self.config.budget,
                 lowrank_share=self.config.lowrank_share,
                 force=self.config.force,
+                mixing=self.config.vary_strides,
                 most_strides=256 if self.config.allocator == "proportional" else 48,
             )
         return self._ways[key]
