@@ -14,9 +14,9 @@ kept blocks differ by at most one), and so are the block columns:
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
   The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
   and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
-- *Rectangles repeat the square pattern* along their long side, where the paper stretches it. So each part of a packed
-  weight (query, key and value; gate and up) has the whole pattern; stretched, it would see its own share of the inputs
-  only.
+- *Rectangles repeat the square pattern* along their long side, where the paper stretches it. The parts of a packed weight
+  (query, key and value; gate and up) so have the whole pattern each; stretched, each would see its own share of the
+  inputs only.
 - *Where the strides begin.* Beside the diagonal the kept offsets are `strides` of the others from place `first` on, in
   a cycle; without strides it is the one offset at place `first` of the whole list. As many blocks are kept wherever
   they begin. Layers that begin at different places mix different blocks, and depth composes the whole butterfly; with
