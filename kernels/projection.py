@@ -105,7 +105,7 @@ def gram_inverse(support: Support, v: Tensor) -> Tensor:
     block_grams = v_blocks.mT @ v_blocks  # (C, r, r)
     outside = torch.ones(support.block_rows, support.block_cols, dtype=torch.float64, device=v.device)
     outside[block_index(support, v.device)] = 0
-    patterns, pattern_of_row = torch.unique(outside, dim=0, return_inverse=True)  # rows that repeat share theirs
+    patterns, pattern_of_row = torch.unique(outside, dim=0, return_inverse=True)  # stretched rows share theirs
     grams = torch.tensordot(patterns, block_grams, dims=1)
     return torch.linalg.pinv(grams, atol=LEAST_OUTSIDE, rtol=0.0, hermitian=True).to(v.dtype)[pattern_of_row]
 

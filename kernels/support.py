@@ -14,15 +14,12 @@ kept blocks differ by at most one), and so are the block columns:
   two digits, and so on. `strides` counts how many are taken after 0, so 0 is the block diagonal and n - 1 is dense.
   The lowest place first has a consequence: where n is even, one stride in blocks of b joins each block to its neighbour
   and is the block diagonal in blocks of 2 b. Smaller blocks mix more only from the second stride on.
-- *Rectangles repeat the square pattern* along their long side, where the paper stretches it. The parts of a packed weight
-  (query, key and value; gate and up) so have the whole pattern each; stretched, each would see its own share of the
-  inputs only.
 - *Where the strides begin.* Beside the diagonal the kept offsets are `strides` of the others from place `first` on, in
   a cycle; without strides it is the one offset at place `first` of the whole list. As many blocks are kept wherever
   they begin. Layers that begin at different places mix different blocks, and depth composes the whole butterfly; with
   `first` 0, the paper's pattern, all layers have the same disconnected groups.
-- *Rectangles whose long side is no multiple of the short one.* The blocks left over walk around the short side in a
-  cycle; see `_surplus_links`.
+- *Rectangles whose long side is no multiple of the short one.* The blocks left over after stretching walk around the
+  short side in a cycle; see `_surplus_links`.
 - *Tails.* The last block row and column may reach over the edge of the weight; what lies outside counts as masked.
 """
 
@@ -195,13 +192,14 @@ def strides_within(out_features: int, in_features: int, block: int, density: flo
 def _links(long: int, short: int, strides: int, first: int, at: int = 0) -> IntArray:
     """The blocks of the short side kept by each block of the long side from `at` on: (long - at, strides + 1).
 
-    The square pattern is repeated along the long side; the blocks left over come last.
+    Stretching gives each logical index `long // short` neighbouring blocks; the blocks left over come last.
     """
-    repeated = long - long % short
-    regular = np.arange(min(at, repeated), repeated) % short
-    surplus = np.arange(max(at, repeated), long) - repeated
-    repeated_links = _add_digits(short, regular[:, None], _kept_offsets(short, strides, first))
-    return np.concatenate([repeated_links, _surplus_links(long, short, strides, surplus)])
+    stretch = long // short
+    stretched = stretch * short
+    regular = np.arange(min(at, stretched), stretched) // stretch
+    surplus = np.arange(max(at, stretched), long) - stretched
+    stretched_links = _add_digits(short, regular[:, None], _kept_offsets(short, strides, first))
+    return np.concatenate([stretched_links, _surplus_links(long, short, strides, surplus)])
 
 
 def _surplus_links(long: int, short: int, strides: int, surplus: IntArray) -> IntArray:
@@ -218,11 +216,11 @@ def _surplus_links(long: int, short: int, strides: int, surplus: IntArray) -> In
 
 def _links_of_last(long: int, short: int, strides: int) -> int:
     """How many long-side blocks keep the short side's last block: its column (or row) count, in closed form."""
-    times, t = divmod(long, short)
+    stretch, t = divmod(long, short)
     rounds, steps = divmod(strides + 1, _round_length(short, t))
     per_round = t // math.gcd(short, t)
     taken = steps * t  # by the round under way, which began at short-side block `rounds`
-    return times * (strides + 1) + rounds * per_round + (taken + rounds) // short - rounds // short
+    return stretch * (strides + 1) + rounds * per_round + (taken + rounds) // short - rounds // short
 
 
 def _round_length(short: int, t: int) -> int:

@@ -148,13 +148,13 @@ def test_a_square_power_of_two_is_the_papers_pattern(n: int) -> None:
         assert kept_blocks(flat_butterfly(16 * n, 16 * n, 16, strides)) == expected
 
 
-@pytest.mark.parametrize("times", [2, 3, 4])
-def test_a_multiple_repeats_the_papers_pattern(times: int) -> None:
+@pytest.mark.parametrize("stretch", [2, 3, 4])
+def test_a_multiple_stretches_the_papers_pattern(stretch: int) -> None:
     square = kept_blocks(flat_butterfly(256, 256, 16, 3))
-    tall = kept_blocks(flat_butterfly(256 * times, 256, 16, 3))
-    wide = kept_blocks(flat_butterfly(256, 256 * times, 16, 3))
-    assert tall == {(i + 16 * k, j) for i, j in square for k in range(times)}
-    assert wide == {(i, j + 16 * k) for i, j in square for k in range(times)}
+    tall = kept_blocks(flat_butterfly(256 * stretch, 256, 16, 3))
+    wide = kept_blocks(flat_butterfly(256, 256 * stretch, 16, 3))
+    assert tall == {(i * stretch + k, j) for i, j in square for k in range(stretch)}
+    assert wide == {(i, j * stretch + k) for i, j in square for k in range(stretch)}
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), [(384, 384), (1536, 384), (384, 1152)])
