@@ -6,7 +6,7 @@ make_plan(found)   -->  candidates per site, one role for repeated layers, alloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, al
 from pixelfly_compiler.passes.calibration import device_for
 from pixelfly_compiler.passes.cost import Device, dense_time, sparse_time
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig, Skipped
+
+Decisions = dict[str, tuple[SiteConfig | None, str | None]]  # site name -> config, reason if dense
 
 __all__ = ["Entry", "Plan", "make_plan", "plan", "project", "project_"]
 
@@ -72,7 +74,7 @@ def make_plan(
     members = _members(found.sites)
     decided = decided or {}
     notes: list[str] = []
-    choice: dict[str, tuple[SiteConfig | None, str | None]] = {}
+    choice: Decisions = {}
     for site in found.sites:
         reason = site.reason or config.excludes((site.name, site.parameter, *site.aliases))
         if site.name in decided:
@@ -83,7 +85,8 @@ def make_plan(
     allocation = problem.solve()
     if allocation.note:
         notes.append(allocation.note)
-    choice |= problem.decisions(allocation)
+    decisions = problem.decisions(allocation)
+    choice |= _varied(found.sites, decisions) if config.vary_strides else decisions
     entries = [_site_entry(site, *choice[site.name], problem.device_of(site), training) for site in found.sites]
     entries += [_skipped_entry(item) for item in found.skipped]
     if not found.sites:
@@ -108,7 +111,7 @@ class _Problem:
         config: Config,
         device: Device | None,
         weights: Mapping[str, Tensor],
-        choice: Mapping[str, tuple[SiteConfig | None, str | None]],
+        choice: Decisions,
     ) -> None:
         self.config, self.device, self.weights = config, device, weights
         self.free = {role: [s for s in sites if s.name not in choice] for role, sites in members.items()}
@@ -192,16 +195,15 @@ class _Problem:
             total = [sum_ + site.matrices * site.elements * error**2 for sum_, error in zip(total, errors, strict=True)]
         return total
 
-    def decisions(self, allocation: Allocation) -> dict[str, tuple[SiteConfig | None, str | None]]:
-        """Site name -> (config, reason if dense)."""
-        decided: dict[str, tuple[SiteConfig | None, str | None]] = {}
-        for place, ((role, sites), choice) in enumerate(zip(self.free.items(), allocation.choices, strict=False)):
+    def decisions(self, allocation: Allocation) -> Decisions:
+        """Of the sites that were free."""
+        decided: Decisions = {}
+        for (role, sites), choice in zip(self.free.items(), allocation.choices, strict=False):
             if choice is None:
-                decided |= {site.name: (None, self._why_dense(role)) for site in sites}
-                continue
-            config = self.chosen[role][choice].config
-            for layer, site in enumerate(sites):
-                decided[site.name] = (_moved(site, config, place + layer) if self.config.vary_strides else config, None)
+                outcome: tuple[SiteConfig | None, str | None] = (None, self._why_dense(role))
+            else:
+                outcome = (self.chosen[role][choice].config, None)
+            decided |= {site.name: outcome for site in sites}
         return decided
 
     def _why_dense(self, role: str) -> str:
@@ -214,12 +216,15 @@ class _Problem:
         return "no sparse form is predicted faster than dense"
 
 
-def _moved(site: Site, config: SiteConfig, places: int) -> SiteConfig:
-    """The config with the strides that come so many places later: layer by layer, all are used."""
-    others = max_strides(site.out_features, site.in_features, config.block)
-    if not config.strides:
-        return replace(config, first=places % (others + 1))
-    return replace(config, first=places * config.strides % others)
+def _varied(sites: Sequence[Site], decisions: Decisions) -> Decisions:
+    """The decisions with strides that begin where those of the site before end: site by site, all are used."""
+    varied = dict(decisions)
+    sparse = ((site, config) for site in sites if (config := decisions.get(site.name, (None, None))[0]) is not None)
+    for place, (site, config) in enumerate(sparse):
+        others = max_strides(site.out_features, site.in_features, config.block)
+        first = place * config.strides % others if config.strides else place % (others + 1)
+        varied[site.name] = (replace(config, first=first), None)
+    return varied
 
 
 def _kept_flops(site: Site, config: SiteConfig | None) -> float:
