@@ -47,8 +47,8 @@ from pixelfly_compiler.passes.weights import (
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """How a site is made sparse: `block` x `block` blocks on the diagonal and at `strides` strides, of which the first is
-    at place `first` of their list (see `kernels.support`), and a term of rank `rank`.
+    """How a site is made sparse: `block` x `block` blocks on the diagonal and at `strides` strides, beginning at place
+    `first` of their list (see `kernels.support`), and a term of rank `rank`.
     """
 
     block: int
