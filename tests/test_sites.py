@@ -235,6 +235,13 @@ def test_convolutions_that_are_matmuls_are_sites_and_others_are_counted(kind: st
     assert match.rows == result.numel() // 48
 
 
+def test_a_transposed_convolution_is_counted_and_called_what_it_is() -> None:
+    model, x = nn.ConvTranspose2d(32, 48, 2, 2), torch.randn(2, 32, 4, 5)
+    (found,) = found_in(model, x)
+    assert found.sites == () and "a transposed convolution" in found.skipped[0].reason
+    assert found.skipped[0].flops == 2 * x.numel() * 48 * 2 * 2
+
+
 def test_a_view_made_without_gradients_is_no_weight_in_training() -> None:
     def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
