@@ -55,7 +55,8 @@ def sparsify_(
     init          "scratch": new random factors with the variance of the weights, to train from scratch;
                   "project": the best approximation of the weights, to fine-tune a trained model
     optimizer     "adam": built for Adam, AdamW, Adafactor, Lion, ...; "sgd": for SGD. See `parametrization.py`
-    options       those of `plan()`: budget=0.25, plan=, block_size=, include=, exclude=, ...
+    options       those of `plan()`: budget=0.25, plan=, block_size=, include=, exclude=, ...; `vary_strides` is true
+                  unless it is given
 
     Build the optimizer, and wrap in DDP or FSDP, afterwards. All or nothing: after an error the model is what it was.
     """
