@@ -16,18 +16,6 @@ if TYPE_CHECKING:
 
 BASES = ("fixed", "svd")
 BLOCK_SIZES = (16, 32, 64, 128)
-# With a ready plan these have nothing left to decide.
-DECIDED_BY_PLAN = (
-    "budget",
-    "allocator",
-    "block_size",
-    "lowrank_share",
-    "basis",
-    "vary_strides",
-    "include",
-    "exclude",
-    "force",
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ class Config:
                 next_step=f"valid options: {', '.join(sorted(own))}, and those of torch._inductor.list_options()",
             )
         if given.get("plan") is not None:
-            clash = [key for key in DECIDED_BY_PLAN if key in given]
+            clash = [key for key in given if key != "plan"]  # a ready plan leaves them nothing to decide
             if clash:
                 raise OptionError(
                     f"option 'plan' already decides {', '.join(repr(key) for key in clash)}",

@@ -119,6 +119,13 @@ def test_decisions_for_the_shapes_people_use(shape: tuple[int, int], budget: flo
     assert entry.config == config
 
 
+def test_varied_strides_take_smaller_blocks_rather_than_the_bare_diagonal() -> None:
+    assert planned(site(384, 384), vary_strides=True)["w"].config == SiteConfig(32, 1, 16)
+    assert planned(site(768, 768), vary_strides=True)["w"].config == SiteConfig(64, 1, 32)
+    only = planned(site(384, 384), vary_strides=True, block_size=64)["w"]
+    assert only.config == SiteConfig(64, 0, 16), "there is nothing smaller to take"
+
+
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 1024), (2304, 768)])
 @pytest.mark.parametrize("budget", [0.25, 0.5])
 def test_the_low_rank_share_is_a_quarter_to_a_third(shape: tuple[int, int], budget: float) -> None:
