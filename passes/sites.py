@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -97,6 +97,7 @@ class Site:
     reason: str | None = None  # why this site cannot be sparse, None if it can
     region: Region | None = None
     matrices: int = 1  # that the weight holds; each row meets one of them
+    modules: tuple[str, ...] = ()  # that multiply with it; "" is the one that Dynamo saw as `self`
     nodes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -334,7 +335,7 @@ class _Weight:
         return [self._site([match for match in self.matches if match.site == name]) for name in names]
 
     def _site(self, matches: Sequence[Match]) -> Site:
-        first = matches[0]
+        first, modules = matches[0], _modules(matches)
         return Site(
             name=first.site,
             weight_shape=self.shape,
@@ -348,10 +349,11 @@ class _Weight:
             device=str(self.value.device),
             uses=len(matches),
             shared=self.looked_up,
-            aliases=_names_at_use(first.site, matches) if self.looked_up else (),
+            aliases=_names_in(modules, first.site) if self.looked_up else (),
             reason=ineligible(self.value) or self._conflict(matches),
             region=first.region,
             matrices=first.matrices or 1,
+            modules=modules,
             nodes=tuple(match.node.name for match in matches),
         )
 
@@ -411,14 +413,17 @@ def _settle_products_of_two(weights: Collection[_Weight]) -> None:
         weight.leave_to_others({m.node for m in shared if m.weight is not m.node.all_input_nodes[-1]})
 
 
-def _names_at_use(name: str, matches: Sequence[Match]) -> tuple[str, ...]:
+def _modules(matches: Sequence[Match]) -> tuple[str, ...]:
+    """The modules in whose forward the matmuls stand."""
+    stacks = (list((match.node.meta.get("nn_module_stack") or {}).values()) for match in matches)
+    names = (qualified_name(stack[-1][0]) for stack in stacks if stack)
+    return tuple(dict.fromkeys("" if module == root else module for root, module in names))
+
+
+def _names_in(modules: Iterable[str], name: str) -> tuple[str, ...]:
     """What the modules that multiply with a tied weight call it: `lm_head.weight` for `wte.weight`."""
-    names: dict[str, None] = {}
-    for match in matches:
-        stack = list((match.node.meta.get("nn_module_stack") or {}).values())
-        if stack:
-            root, module = qualified_name(stack[-1][0])
-            names[("" if module == root else f"{module}.") + name.rpartition(".")[2]] = None
+    key = name.rpartition(".")[2]
+    names = [f"{module}.{key}" if module else key for module in modules]
     return tuple(other for other in names if other != name)
 
 

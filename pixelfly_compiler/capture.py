@@ -179,6 +179,7 @@ def _merge_sites(a: Site, b: Site) -> Site:
         rows_expr=str(a.rows + b.rows) if rows_expr.replace(" + ", "").isdigit() else rows_expr,
         uses=a.uses + b.uses,
         shared=a.shared or b.shared,
+        modules=tuple(dict.fromkeys(a.modules + b.modules)),
         reason=reason,
     )
 

@@ -36,6 +36,7 @@ class Entry:
     role: str = ""
     dtype: str = "float32"
     shared: bool = False
+    heads: tuple[str, ...] = ()  # of a shared weight: the modules that multiply with it
     aliases: tuple[str, ...] = ()
     config: SiteConfig | None = None
     reason: str | None = None
@@ -57,6 +58,7 @@ class Entry:
             **values
             | {
                 "weight_shape": tuple(values["weight_shape"]),
+                "heads": tuple(values.get("heads", ())),
                 "aliases": tuple(values["aliases"]),
                 "config": None if config is None else SiteConfig(**config),
                 "region": None if region is None else Region.from_dict(region),

@@ -6,7 +6,7 @@ after `project_`, and the gradient that reaches a planned weight is P of the den
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,12 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
 def _untie(
     model: nn.Module, weight: Tensor, projected: Tensor, entry: Entry, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    names = [name for name, parameter in parameters.items() if parameter is weight]
-    owners = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
-    heads = [(module, key) for module, key in owners if not isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    if not heads:
+    names = [name.rpartition(".") for name, parameter in parameters.items() if parameter is weight]
+    owners = [(path, model.get_submodule(path), key) for path, _, key in names]
+    heads = [(module, key) for path, module, key in owners if _is_one_of(path, entry.heads)]
+    if not heads:  # a module above multiplies with it
+        heads = [(module, key) for _, module, key in owners if not isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    if not heads or len(heads) == len(owners):
         raise PlanError(
             "an embedding multiplies with its own table, so the table cannot be projected for the matmul alone",
             site=entry.name,
@@ -92,3 +94,8 @@ def _untie(
     own = nn.Parameter(projected, requires_grad=weight.requires_grad)
     for module, key in heads:
         setattr(module, key, own)
+
+
+def _is_one_of(path: str, modules: Collection[str]) -> bool:
+    """After a graph break Dynamo may see a submodule as the root, and so only the end of a path."""
+    return any(path == module or (module and path.endswith(f".{module}")) for module in modules)

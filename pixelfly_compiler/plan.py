@@ -249,6 +249,7 @@ def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, devic
         role=site.role,
         dtype=site.dtype,
         shared=site.shared,
+        heads=site.modules if site.shared else (),
         aliases=site.aliases,
         config=config,
         reason=reason,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -498,14 +499,55 @@ def test_a_tied_head_is_projected_and_the_lookup_is_not() -> None:
     assert model.head.weight.requires_grad
 
 
-def test_a_table_that_multiplies_itself_cannot_be_untied() -> None:
+class Lookup(nn.Module):
+    """An embedding of its author's own class, which may also be asked to multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(192, 128))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class Wrapped(Tied):
+    """A tied head whose weight the module above multiplies with, and a break before it."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.emb(ids)
+        torch._dynamo.graph_break()
+        return F.linear(x, self.head.weight)
+
+
+@pytest.mark.parametrize("kind", [Tied, Wrapped])
+@pytest.mark.parametrize("within", [False, True])
+def test_the_lookup_is_of_any_class_and_the_head_where_it_multiplies(kind: type[nn.Module], within: bool) -> None:
+    torch.manual_seed(0)
+    tied = kind()
+    if kind is Tied:
+        tied.emb = Lookup()
+        tied.head.weight = tied.emb.weight
+    table = tied.emb.weight.detach().clone()
+    model = nn.Sequential(tied) if within else tied
+    made = plan(model, torch.arange(40), device=DEVICE, force=True)
+    project_(model, made)
+    assert torch.equal(tied.emb.weight, table)
+    torch.testing.assert_close(tied.head.weight, nn.Parameter(project(table, made.sparse[0])))
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Embedding(192, 128), Lookup])
+def test_a_table_that_multiplies_itself_cannot_be_untied(kind: Callable[[], nn.Module]) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.emb = nn.Embedding(192, 128)
+            self.emb = kind()
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return F.linear(self.emb(ids), self.emb.weight)
+            x = self.emb(ids)
+            return self.emb.attend(x) if isinstance(self.emb, Lookup) else F.linear(x, self.emb.weight)
 
     model = Own()
     with pytest.raises(PlanError, match="module of its own"):
