@@ -56,6 +56,14 @@ class Times:
         return [b / n for n, b in zip(self.seconds[name], self.seconds[base], strict=True)]
 
 
+def dtypes_here() -> list[str]:
+    """Those of `DTYPES` in which dense matmuls are a fair rival on this processor.
+
+    Without AVX-512 oneDNN has no bf16, and PyTorch's own takes up to hundreds of times as long as fp32.
+    """
+    return [name for name in DTYPES if name != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()]
+
+
 def interleave(
     contenders: Mapping[str, Callable[[], Any]],
     rounds: int,

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _common import DTYPES, append_rows, interleave, print_table, relative_error
+from _common import DTYPES, append_rows, dtypes_here, interleave, print_table, relative_error
 from torch import Tensor
 
 SHAPES = [  # rows, in, out
@@ -180,6 +180,8 @@ def onednn(p: Problem) -> Contender:
     """oneDNN's inner product, which takes any strides: x W^T, g W = g (W^T)^T, and (x^T g)^T, the faster way round."""
     if not torch.backends.mkldnn.is_available():
         raise NotHere("torch was built without oneDNN")
+    if p.x.dtype == torch.bfloat16 and "bf16" not in dtypes_here():
+        raise NotHere("oneDNN has no bf16 on this processor")
 
     def inner_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
@@ -465,7 +467,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="ROWS,IN,OUT")
     flags.add_argument("--kept", nargs="+", type=float, default=[0.125, 0.25])
-    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes_here())
     flags.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     flags.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     flags.add_argument("--block", type=int, default=64)

@@ -34,6 +34,7 @@ from _common import (
     DTYPES,
     Times,
     append_rows,
+    dtypes_here,
     interleave,
     load_example,
     peak_memory,
@@ -402,7 +403,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--models", nargs="+", choices=MODELS, default=list(SMALL))
-    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes_here())
     flags.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     flags.add_argument("--budget", type=float, default=0.25)
     flags.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa", help="of all contenders")

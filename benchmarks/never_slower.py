@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _common import DTYPES, append_rows, interleave, print_table, relative_error
+from _common import DTYPES, append_rows, dtypes_here, interleave, print_table, relative_error
 from torch import Tensor, nn
 
 from pixelfly_compiler import Plan, project, project_
@@ -242,7 +242,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     flags.add_argument("--prepare", action="store_true", help="only compile and check, into Inductor's cache")
     flags.add_argument("--shapes", nargs="+", type=shape, metavar="IN,OUT")
     flags.add_argument("--rows", nargs="+", type=int)
-    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    flags.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes_here())
     flags.add_argument("--modes", nargs="+", choices=("inference", "training"), default=["inference"])
     flags.add_argument("--force", action="store_true", help="also where dense is predicted to be faster")
     flags.add_argument("--rounds", type=int, default=15)

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import DTYPES, HERE, append_rows, interleave, load_example, print_table
+from _common import DTYPES, HERE, append_rows, dtypes_here, interleave, load_example, print_table
 from torch import Tensor, nn
 
 import pixelfly_compiler
@@ -59,7 +59,8 @@ class Size:
     validation_batches: int
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", DTYPES[self.dtype], enabled=self.dtype != "fp32")
+        """In fp32 where the processor has no bf16."""
+        return torch.autocast("cpu", DTYPES[self.dtype], enabled=self.dtype != "fp32" and self.dtype in dtypes_here())
 
 
 SIZES = {

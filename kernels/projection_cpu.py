@@ -1,6 +1,6 @@
 """P and its adjoint as C++ on CPU: what `projection` does in a dozen tensor operations, in one pass over the weight.
 
-Compiled once per block size, rank and dtypes through Inductor's C++ cache. Where it cannot be compiled or does not
+Compiled once per pair of dtypes through Inductor's C++ cache. Where it cannot be compiled or does not
 apply, `Projector` falls back to `projection`.
 """
 
@@ -26,13 +26,22 @@ log = logging.getLogger(__name__)
 _C_TYPES = {torch.float32: "float", torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
 
 
-@lru_cache(maxsize=256)
-def _library(block: int, rank: int, dense: torch.dtype, part: torch.dtype) -> Any | None:
+class _Problem(ctypes.Structure):
+    """`Problem` of the C++: sizes, strides, and where the arrays lie."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("block", "rank", "out", "in", "stride_out", "stride_in")),
+        *((name, ctypes.c_void_p) for name in ("crow", "col", "v", "v_t", "gram_inv")),
+    )
+
+
+@lru_cache(maxsize=16)
+def _library(dense: torch.dtype, part: torch.dtype) -> Any | None:
     """The compiled functions `project` and `adjoint`; None where this machine cannot compile them."""
     from torch._inductor.codecache import CppCodeCache  # heavy to import, and only needed here
 
     source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
-    code = jinja2.Template(source).render(block=block, rank=rank, dense=_C_TYPES[dense], part=_C_TYPES[part])
+    code = jinja2.Template(source).render(dense=_C_TYPES[dense], part=_C_TYPES[part])
     try:
         return CppCodeCache.load(code)
     except Exception as cause:  # a missing or failing compiler: any error is one
@@ -105,14 +114,16 @@ class Projector:
         fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride() and weight.device.type == "cpu"
         if not fits or rank == 0 or rank % 16 or self.support.block % 16:
             return None
-        return _library(self.support.block, rank, weight.dtype, part)
+        return _library(weight.dtype, part)
 
     def _run(self, function: Any, dense: Tensor, blocks: Tensor, u: Tensor) -> None:
         index = support_index(self.support, dense.device)
-        tensors = (index, *self._padded_v, self.gram_inv, dense, blocks, u)
-        sizes = (self.support.out_features, self.support.in_features, *dense.stride())
-        arguments = [*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)]
-        function(*arguments, ctypes.c_int(torch.get_num_threads()))
+        col = index[self.support.block_rows + 1 :]
+        arrays = (index, col, *self._padded_v, self.gram_inv)
+        sizes = (self.support.block, self.v.shape[1], self.support.out_features, self.support.in_features)
+        problem = _Problem(*sizes, *dense.stride(), *(array.data_ptr() for array in arrays))
+        operands = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (dense, blocks, u))
+        function(ctypes.byref(problem), *operands, ctypes.c_int(torch.get_num_threads()))
 
 
 def _each(parts: Tensor, dims: int) -> tuple[Tensor, ...]:

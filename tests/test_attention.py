@@ -69,7 +69,8 @@ def test_the_kernels(dtype: torch.dtype, queries: int, keys: int, features: int)
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         compiled = torch.compile(every(attention), fullgraph=True, dynamic=False)
         ours, code = run_and_get_code(with_gradients, compiled, args, gs)
-    assert "torch.ops.pixelfly" not in "\n".join(code)
+    emulated = dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported()  # there the references run
+    assert ("torch.ops.pixelfly" in "\n".join(code)) == emulated
     plain = with_gradients(every(of_torch), args, gs)
     exact = with_gradients(every(of_torch), [to_double(arg) for arg in args], gs)
     for one, eager, truth in zip(ours, plain, exact, strict=True):
