@@ -69,7 +69,7 @@ def run(code: Code, args: Sequence[Any]) -> list[Tensor]:
         exec(compile(source, "wrapper", "exec"), namespace | {"_compiler": compiler}, namespace)
         scope = namespace["Runner"].call.__globals__ if "Runner" in namespace else namespace["call"].__globals__
         scope |= namespace | {"empty_strided_cuda": _nan_filled, "_compiler": compiler}
-        with _no_device(), _bf16():
+        with _no_device(), _mended():
             return list(namespace["call"](list(args)))
 
 
@@ -88,11 +88,16 @@ def _no_device() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bf16() -> Iterator[None]:
-    """The interpreter keeps bf16 as integers, multiplies those, and rounds to them by cutting off: both mended."""
+def _mended() -> Iterator[None]:
+    """The interpreter keeps bf16 as integers, multiplies those, and rounds to them by cutting off: both mended.
+
+    So are loaded bounds of loops: NumPy 2.4 makes no integer of the arrays in which Triton 3.6 keeps them.
+    """
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     original, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    original_tensor = interpreter._patch_lang_tensor
 
     def wide(operand: Any) -> Any:
         if operand.dtype.scalar != tl.bfloat16:
@@ -108,9 +113,14 @@ def _bf16() -> Iterator[None]:
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
         return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
 
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        original_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     with (
         patch.object(InterpreterBuilder, "create_dot", create_dot),
         patch.object(InterpreterBuilder, "cast_impl", cast),
+        patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor),
     ):
         yield
 
