@@ -31,7 +31,7 @@ from torch._inductor.select_algorithm import (
 from torch._inductor.utils import sympy_product
 
 from pixelfly_compiler.kernels import reference
-from pixelfly_compiler.kernels.compat import size_hint
+from pixelfly_compiler.kernels.compat import fuse_through_views, size_hint
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import (
     GradShape,
@@ -77,6 +77,7 @@ listeners: list[Callable[[str, tuple[torch.fx.Node, ...]], None]] = []
 
 @cache
 def _template(name: str) -> TritonTemplate:
+    fuse_through_views()
     grid = {"linear": _linear_grid, "block_grad": _block_grad_grid}[name]
     source = (Path(__file__).parent / "templates" / f"{name}.py.jinja").read_text()
     return _Template(f"pixelfly_{name}", grid, source)
