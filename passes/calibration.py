@@ -4,7 +4,8 @@ Dense is measured, since libraries differ by far more than a model could know: f
 and oneDNN, few rows, half precision, the overhead of a call. Our own kernels are not: they are compiled for each
 site, so that to measure them costs a minute of C++, and they all do the same at a share of the processor's peak
 that hardly depends on the machine. That peak is oneDNN's rate in fp32; our bf16 kernels reach twice of it where the
-processor multiplies pairs, and never more, whatever the library does with matrix units that we do not use.
+processor multiplies pairs, and never more, whatever the library does with matrix units that we do not use. What a call
+of ours takes beside its kernel, Python for the most part, grows with what torch's smallest product takes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pixelfly_compiler.passes.cost import DENSE_ROWS, DENSE_WIDTHS, DTYPES, Devi
 # Larger ones are not measured but told from the largest that are.
 MEASURED_PRODUCTS = 2**30
 MEASURED_WIDTH = 4096
+OVERHEAD_CALLS = 3  # what a call of ours takes beside its kernel, in calls of torch's smallest product
 
 
 def device_for(kind: str) -> Device:
@@ -83,7 +85,7 @@ def machine() -> dict[str, str]:
         "cpu": cpu_name(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "model": Device().name + repr((DENSE_ROWS, DENSE_WIDTHS)),
+        "model": Device().name + repr((DENSE_ROWS, DENSE_WIDTHS, OVERHEAD_CALLS)),
     }
 
 
@@ -120,7 +122,8 @@ def measure() -> Device:
         bandwidth = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
         rate = _peak_rate(dense["float32"])
     name = f"cpu ({torch.get_num_threads()} threads, measured)"
-    return Device(name, dense, _kernel_rates(rate), bandwidth=bandwidth)
+    overhead = max(Device.overhead, OVERHEAD_CALLS * dense["float32"][0][0])
+    return Device(name, dense, _kernel_rates(rate), bandwidth=bandwidth, overhead=overhead)
 
 
 def _dense_grid(dtype: torch.dtype) -> Grid:

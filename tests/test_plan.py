@@ -265,6 +265,16 @@ def test_calibration_is_measured_once_and_kept(tmp_path: Path, monkeypatch: pyte
     calibration._calibrated.cache_clear()
 
 
+def test_a_call_takes_longer_on_a_machine_whose_calls_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overhead(smallest: float) -> float:
+        grid = tuple(tuple(smallest * row * width for width in cost.DENSE_WIDTHS) for row in cost.DENSE_ROWS)
+        monkeypatch.setattr(calibration, "_dense_grid", lambda dtype: grid)
+        return calibration.measure().overhead / cost.Device.overhead
+
+    assert overhead(1e-9 / cost.DENSE_WIDTHS[0]) == 1
+    assert overhead(1e-5 / cost.DENSE_WIDTHS[0]) == pytest.approx(5)
+
+
 def test_expected_error_is_near_the_real_one() -> None:
     torch.manual_seed(0)
     weight = torch.randn(256, 384)
