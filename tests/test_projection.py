@@ -306,6 +306,7 @@ def test_zero_is_projected_to_zero() -> None:
 # ---- under the compiler ----
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo of 2.11 cannot trace torch.amp.is_autocast_available")
 @pytest.mark.parametrize("space", [typical, with_tails])
 def test_one_graph_under_dynamo_and_aot_autograd(space: Space) -> None:
     rows, cols = block_index(space.support)

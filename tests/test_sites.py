@@ -487,7 +487,12 @@ def t5() -> tuple[nn.Module, dict[str, Any], set[str]]:
     return T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids}, set()
 
 
-@pytest.mark.parametrize(("build", "sites"), [(gpt2, 9), (bert, 14), (llama, 15), (vit, 14), (t5, 33)])
+t5_is_one_graph = pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo of 2.11 breaks the graph of T5")
+
+
+@pytest.mark.parametrize(
+    ("build", "sites"), [(gpt2, 9), (bert, 14), (llama, 15), (vit, 14), pytest.param(t5, 33, marks=t5_is_one_graph)]
+)
 def test_real_models(build: Callable[[], tuple[nn.Module, dict[str, Any], set[str]]], sites: int) -> None:
     model, kwargs, names = build()
     (found,) = found_in(model.eval(), **kwargs)
