@@ -53,7 +53,8 @@ def capture(
     finally:
         _records.reset(token)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
-    return _with_the_unseen(with_aliases(merge(found), aliases(model)), model)
+    named = with_aliases(merge(found), aliases(model))
+    return _with_the_unseen(_with_unseen_lookups(named, model), model)
 
 
 def run_once(
@@ -145,8 +146,8 @@ def merge(found: Sequence[Found]) -> Found:
 
 
 _UNSEEN = (
-    "in no graph: not used, or run outside of compiled code (a loop over experts is: in transformers choose "
-    "model.set_experts_implementation('grouped_mm'))"
+    "in no graph: not used, or run outside of compiled code, as TORCH_LOGS=graph_breaks tells (a loop over experts is: "
+    "in transformers choose model.set_experts_implementation('grouped_mm'))"
 )
 
 
@@ -161,6 +162,20 @@ def _with_the_unseen(found: Found, model: nn.Module) -> Found:
         if own_name(name) not in known and not is_lazy(weight) and weight.dim() >= 2
     )
     return replace(found, skipped=found.skipped + unseen)
+
+
+def _with_unseen_lookups(found: Found, model: nn.Module) -> Found:
+    """A weight that an embedding holds too may be looked up outside of compiled code."""
+    tables = {
+        f"{own_name(f'{path}.')}weight"
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
+    sites = tuple(
+        replace(site, shared=True) if 0 < len(tables & {site.parameter, *site.aliases}) <= len(site.aliases) else site
+        for site in found.sites
+    )
+    return replace(found, sites=sites)
 
 
 def _merge_skipped(a: Skipped, b: Skipped) -> Skipped:

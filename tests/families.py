@@ -153,6 +153,8 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
     given |= {"input_ids": ids} if "input_ids" in asked else {}
     if config.is_encoder_decoder and "decoder_input_ids" in forward:
         given["decoder_input_ids"] = ids.flip(1)
+    if "input_ids" in given and config.is_encoder_decoder:  # without it Dynamo gives up on LongT5
+        given["attention_mask"] = torch.ones_like(ids)
     return {name: value for name, value in given.items() if name in forward}
 
 
