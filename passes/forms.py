@@ -68,14 +68,50 @@ def _linear(node: Node, operand: Node) -> Operands | None:
 def _addmm(node: Node, operand: Node) -> Operands | None:
     if not is_call(node, (torch.addmm,), "addmm"):
         return None
-    if any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
-        return None
     term, left, right = _arguments(node, ("input", "mat1", "mat2"))
     if left is operand:
-        return Operands(right, left, addend=term, enter=transpose, leave=transpose)
+        return _plus(node, term, Operands(right, left, enter=transpose, leave=transpose))
     value = value_of(term)
-    is_bias = value is not None and value.dim() == 1 and value.shape[0] == _shape(right)[1]
-    return Operands(left, right, term if is_bias else None, None if is_bias else term, matrix=transpose)
+    if value is not None and value.dim() == 1 and value.shape[0] == _shape(right)[1] and _factors(node) == (1, 1):
+        return Operands(left, right, term, matrix=transpose)
+    return _plus(node, term, Operands(left, right, matrix=transpose))
+
+
+def _addmv(node: Node, operand: Node) -> Operands | None:
+    if not is_call(node, (torch.addmv,), "addmv"):
+        return None
+    term, matrix, vector = _arguments(node, ("input", "mat", "vec"))
+    return _plus(node, term, Operands(vector, matrix))
+
+
+def _plus(node: Node, term: object, operands: Operands | None) -> Operands | None:
+    """`beta * term + alpha * product`, as PyTorch's operations that add to a product mean it."""
+    beta, alpha = _factors(node)
+    if operands is None or not isinstance(beta, int | float) or not isinstance(alpha, int | float):
+        return None
+    if beta == alpha == 1:
+        return replace(operands, addend=term)
+    if not isinstance(term, Node):
+        return None
+    return replace(
+        operands,
+        enter=partial(_of_first, step=operands.enter),
+        leave=partial(_scaled, leave=operands.leave, alpha=alpha, beta=beta),
+        given=(term,),
+    )
+
+
+def _factors(node: Node) -> tuple[object, object]:
+    return node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+
+
+def _of_first(x: Any, _: Any, step: Step) -> Any:
+    return step(x)
+
+
+def _scaled(y: Any, term: Any, leave: Step, alpha: float, beta: float) -> Any:
+    product = leave(y) * alpha
+    return product + term.type_as(product) * beta if beta else product  # not even a NaN of the term counts if it is 0
 
 
 _MATMULS = (torch.mm, torch.matmul, torch.linalg.matmul, operator.matmul, torch.mv)
@@ -96,7 +132,7 @@ def _matmul(node: Node, operand: Node) -> Operands | None:
     return Operands(right, left, enter=turn, leave=turn)
 
 
-def _batched(left: Any, right: Any, operand: Node, addend: object = None) -> Operands | None:
+def _batched(left: Any, right: Any, operand: Node) -> Operands | None:
     """A product with several matrices, (n, in, out) on the right or (n, out, in) on the left; x may be broadcast."""
     turn = left is operand
     x, groups, shape = (right if turn else left), _shape(operand)[0], _shape(right if turn else left)
@@ -108,7 +144,6 @@ def _batched(left: Any, right: Any, operand: Node, addend: object = None) -> Ope
     return Operands(
         x,
         operand,
-        addend=addend,
         matrix=same if turn else transpose,
         enter=partial(_matrices_first, dims=len(shape), turn=turn, groups=groups if few else None),
         leave=partial(_matrices_back, dims=len(shape), turn=turn),
@@ -131,10 +166,15 @@ def _bmm(node: Node, operand: Node) -> Operands | None:
     if is_call(node, (torch.bmm,), "bmm"):
         left, right = _arguments(node, ("input", "mat2"))
         return _batched(left, right, operand)
-    if not is_call(node, (torch.baddbmm,), "baddbmm") or any(node.kwargs.get(key, 1) != 1 for key in ("beta", "alpha")):
-        return None
     term, left, right = _arguments(node, ("input", "batch1", "batch2"))
-    return _batched(left, right, operand, addend=term)
+    if operand is not left and operand is not right:
+        return None
+    if is_call(node, (torch.baddbmm,), "baddbmm"):
+        return _plus(node, term, _batched(left, right, operand))
+    if is_call(node, (torch.addbmm,), "addbmm"):  # the sum of the products
+        x, letters = (left, ("bnk", "bkm")) if right is operand else (right, ("bkm", "bnk"))
+        return _plus(node, term, _contraction(x, operand, *letters, "nm"))
+    return None
 
 
 def _grouped_mm(node: Node, operand: Node) -> Operands | None:
@@ -181,15 +221,11 @@ def selected(operands: Operands, selection: Selection, matrix: torch.Tensor) -> 
         )
     return replace(
         operands,
-        enter=partial(_without_index, step=operands.enter),
-        leave=partial(_without_index, step=operands.leave),
+        enter=partial(_of_first, step=operands.enter),
+        leave=partial(_of_first, step=operands.leave),
         given=(selection.index,),
         ends=partial(_all_in_one, matrices=selection.count, width=matrix.shape[-1]),
     )
-
-
-def _without_index(x: Any, _: Any, step: Step) -> Any:
-    return step(x)
 
 
 def _all_in_one(x: Any, index: Any, matrices: int, width: int) -> Any:
@@ -376,6 +412,7 @@ def _shape(argument: object) -> tuple[int, ...]:
 PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (
     _linear,
     _addmm,
+    _addmv,
     _matmul,
     _bmm,
     _grouped_mm,

@@ -96,20 +96,26 @@ def _matmuls_with(module: GraphModule, joined: Node) -> list[Match]:
 
 def _split(match: Match, joined: _Joined) -> None:
     terms = [term for term in (match.bias, match.addend) if term is not None]
-    put_code(match.module, match.node, _code(match, joined), [match.x, *joined.parts, *terms])
+    inputs = [match.x, *joined.parts, *match.operands.given, *terms]
+    put_code(match.module, match.node, _code(match, joined), inputs)
 
 
 def _code(match: Match, joined: _Joined) -> Callable[..., Tensor]:
-    """What replaces the matmul, as a function of x, the parts, and the bias and the addend if there are any."""
+    """What replaces the matmul, as a function of x, the parts, what `enter` and `leave` are given, and the bias and the
+    addend if there are any.
+    """
     dtype = match.weight.meta["example_value"].dtype
     along_outputs = (joined.dim == 0) != match.transposed
     product = _beside if along_outputs else _sum
 
-    def run(x: Tensor, *given: Tensor) -> Tensor:
-        parts, terms = given[: len(joined.parts)], list(given[len(joined.parts) :])
+    count = len(match.operands.given)
+
+    def run(x: Tensor, *inputs: Tensor) -> Tensor:
+        parts, others = inputs[: len(joined.parts)], inputs[len(joined.parts) :]
+        given, terms = others[:count], list(others[count:])
         weights = [(part.t() if match.transposed else part).to(dtype) for part in parts]
         bias = None if match.bias is None else terms.pop(0)
-        y = match.operands.leave(product(match.operands.enter(x), weights, bias))
+        y = match.operands.leave(product(match.operands.enter(x, *given), weights, bias), *given)
         return y + terms[0] if terms else y
 
     return run

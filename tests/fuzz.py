@@ -56,6 +56,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "matmul of a copy": (lambda x, w, b: x @ w.T.contiguous(), lambda k, n: (n, k)),
     "left": (lambda x, w, b: (w @ x.mT).mT, lambda k, n: (n, k)),
     "addmm": (lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w).unflatten(0, (-1, 4)), lambda k, n: (k, n)),
+    "scaled addmm": (
+        lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w, beta=0.5, alpha=2).unflatten(0, (-1, 4)),
+        lambda k, n: (k, n),
+    ),
     "left addmm": (lambda x, w, b: torch.stack([b.addmm(m, w.t()) for m in x]), lambda k, n: (n, k)),
     "vectors": (
         lambda x, w, b: torch.stack([w.mv(v) for v in x.flatten(0, 1)]).unflatten(0, (-1, 4)),
@@ -93,6 +97,14 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "matrices, each turned": (
         lambda x, w, b: torch.baddbmm(b[None, None], x.movedim(1, 0)[:3], w.mT).movedim(0, 1)[:, [0, 1, 2, 0]],
         lambda k, n: (3, n, k),
+    ),
+    "matrices, summed": (
+        lambda x, w, b: torch.addbmm(b, torch.stack([x.flatten(0, 1)] * 3), w, alpha=0.5).unflatten(0, (-1, 4)),
+        lambda k, n: (3, k, n),
+    ),
+    "matrices, scaled": (
+        lambda x, w, b: torch.baddbmm(b, x.transpose(0, 1), w, beta=2, alpha=0.5).transpose(0, 1),
+        lambda k, n: (4, k, n),
     ),
     "grouped": (lambda x, w, b: _grouped(x, w), lambda k, n: (3, k, n)),
     "grouped, turned": (lambda x, w, b: _grouped(x, w.mT), lambda k, n: (3, n, k)),

@@ -105,6 +105,18 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
     "@": (lambda x, w, b: x @ w.permute(1, 0) + b, (48, 32), False),
     "four dimensions": (lambda x, w, b: x.view(1, 2, 5, 32) @ w, (32, 48), True),
     "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
+    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5, alpha=-2), (32, 48), True),
+    "addmm, scaled, without its term": (
+        lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0),
+        (32, 48),
+        True,
+    ),
+    "left addmm, scaled": (
+        lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t(), alpha=3),
+        (48, 32),
+        False,
+    ),
+    "addmv": (lambda x, w, b: b.addmv(w, x[0, 0], beta=2), (48, 32), False),
     "einsum": (lambda x, w, b: torch.einsum("bsd,df->bsf", x, w), (32, 48), True),
     "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
     "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),
@@ -195,7 +207,6 @@ def test_every_block_kept_is_the_dense_result() -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5),  # scaled
         lambda x, w, b: x @ (w * 2),  # not the weight itself
         lambda x, w, b: x @ w + w.sum(),  # the weight has another use
         lambda x, w, b: (x @ w) @ w.T,  # both orientations

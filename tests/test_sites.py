@@ -61,6 +61,18 @@ FORMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
     "@": (lambda x, w, b: x @ w.permute(1, 0), (48, 32), False),
     "@ twice transposed": (lambda x, w, b: x @ w.t().contiguous().T, (32, 48), True),
     "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
+    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5, alpha=-2), (32, 48), True),
+    "addmm, scaled, without its term": (
+        lambda x, w, b: torch.addmm(b * torch.nan, x.view(-1, 32), w, beta=0),
+        (32, 48),
+        True,
+    ),
+    "left addmm, scaled": (
+        lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t(), alpha=3),
+        (48, 32),
+        False,
+    ),
+    "addmv": (lambda x, w, b: b.addmv(w, x[0, 0], beta=2), (48, 32), False),
     "einsum": (lambda x, w, b: torch.einsum("bsd,df->bsf", x, w), (32, 48), True),
     "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
     "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),
@@ -85,30 +97,32 @@ def test_every_form_of_matmul_is_found_and_means_what_the_match_says(form: str) 
     (found,) = found_in(model, X)
     (site,), (match,) = found.sites, found.matches
     assert (site.name, site.out_features, site.in_features, site.transposed) == ("w", 48, 32, transposed)
-    assert site.rows == (1 if form == "left of a vector" else 10)
+    assert site.rows == (1 if form in ("left of a vector", "addmv") else 10)
     assert site.reason is None
     assert match.transposed == transposed
-    assert (match.bias is not None) == ("linear" in form or form.startswith("addmm"))
+    assert (match.bias is not None) == ("linear" in form or (form.startswith("addmm") and "scaled" not in form))
 
 
 def test_the_match_recomputes_the_node() -> None:
     for function, shape, _ in FORMS.values():
         model = OneWeight(function, *shape)
-        match, (result, x, weight, bias, addend) = one_match(model, X)
+        match, (result, x, weight, bias, addend, *given) = one_match(model, X)
         parts = match.operands
-        expected = parts.leave(F.linear(parts.enter(x), parts.matrix(weight), bias))
+        expected = parts.leave(F.linear(parts.enter(x, *given), parts.matrix(weight), bias), *given)
         torch.testing.assert_close(result, expected if addend is None else expected + addend)
         stored = model.w if match.region is None else match.region.view(model.w)
         torch.testing.assert_close(parts.matrix(weight).float(), stored.t() if match.transposed else stored)
 
 
 def one_match(model: nn.Module, *args: Any) -> tuple[Match, tuple[Any, ...]]:
-    """The match of a graph that has one, and the values of node, x, weight, bias and addend."""
+    """The match of a graph that has one, and the values of node, x, weight, bias, addend and what else is given."""
     seen: dict[str, Any] = {}
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         (match,) = find_sites(gm, inputs).matches
-        gm.graph.output_node().args = ((match.node, match.x, match.weight, match.bias, match.addend),)
+        gm.graph.output_node().args = (
+            (match.node, match.x, match.weight, match.bias, match.addend, *match.operands.given),
+        )
         gm.recompile()
         seen["match"] = match
 
@@ -123,13 +137,14 @@ def one_match(model: nn.Module, *args: Any) -> tuple[Match, tuple[Any, ...]]:
     return seen["match"], seen["values"]
 
 
-def test_addmm_with_a_matrix_has_an_addend_and_scaled_addmm_is_left_alone() -> None:
+def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone() -> None:
     model = OneWeight(lambda x, w, b: torch.addmm(x.new_ones(10, 48), x.view(-1, 32), w), 32, 48)
     (match,) = found_in(model, X)[0].matches
     assert match.bias is None
     assert match.addend is not None
-    scaled = OneWeight(lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5), 32, 48)
-    assert "addmm" in found_in(scaled, X)[0].skipped[0].reason
+    model = OneWeight(lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, alpha=x.sum().item()), 32, 48)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert "addmm" in found_in(model, X)[0].skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -140,6 +155,7 @@ def test_addmm_with_a_matrix_has_an_addend_and_scaled_addmm_is_left_alone() -> N
         (lambda x, w, b: x @ (w * 2), "`mul`"),
         (lambda x, w, b: x @ w.half().float(), "what another has rounded"),
         (lambda x, w, b: torch.tensordot(x, w, 0), "`tensordot`"),
+        (lambda x, w, b: torch.baddbmm(w.view(2, 16, 48), x[..., :16].mT, x.new_ones(2, 5, 48)), "`baddbmm`"),
     ],
 )
 def test_other_uses_are_passed_over_with_the_reason(function: Callable[..., Any], reason: str) -> None:

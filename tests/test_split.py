@@ -56,6 +56,10 @@ SPLIT: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
         lambda x, q, k, b: torch.addmm(b, x.flatten(0, 1), torch.cat([q, k])),
         ((32, 48), (32, 48), (15, 48)),
     ),
+    "a scaled addend": (
+        lambda x, q, k, b: torch.addmm(b, x.flatten(0, 1), torch.cat([q, k]), beta=2, alpha=3),
+        ((32, 48), (32, 48), (15, 48)),
+    ),
 }
 
 
