@@ -184,6 +184,8 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     if matrix is not None and use.selection is not None:
         operands = selected(operands, use.selection, matrix)
         matrix = use.selection.all_of(matrix)
+    elif matrix is not None and _is_expanded(matrix, shape):
+        matrix = matrix[0]
     if operands is None or matrix is None or matrix.dim() not in (2, 3):
         return None
     region = Region.of(matrix)
@@ -232,6 +234,11 @@ def _matrix(operands: Operands, view: torch.Tensor) -> torch.Tensor | None:
     except (RuntimeError, IndexError):
         return None
     return matrix if matrix.untyped_storage()._cdata == view.untyped_storage()._cdata else None
+
+
+def _is_expanded(matrix: torch.Tensor, shape: Sequence[int]) -> bool:
+    """Are these several matrices only one, which all rows meet?"""
+    return matrix.dim() == 3 and (matrix.stride(0) == 0 or (len(shape) == 2 and matrix.shape[0] == 1))
 
 
 def _expression(size: object) -> sympy.Expr:

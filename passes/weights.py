@@ -336,9 +336,12 @@ def _is_copy(user: Node, node: Node, own: torch.dtype) -> bool:
 
 def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
     """What `user` makes of the view: a view again, or several. None if it is no view, or stops gradients."""
-    if user.all_input_nodes != [node] or user.op not in ("call_function", "call_method") or _stops_gradients(user):
+    if user.op not in ("call_function", "call_method") or _stops_gradients(user):
         return None
-    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda _: view)
+    if user.all_input_nodes != [node] and not _is_repeated(user, node):
+        return None
+    # How often a view is repeated may be symbolic, and does not matter.
+    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda source: view if source is node else 2)
     function = getattr(torch.Tensor, user.target, None) if isinstance(user.target, str) else user.target
     try:
         result = function(*args, **kwargs)  # type: ignore[misc]
@@ -347,6 +350,13 @@ def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
     several = isinstance(result, tuple | list)
     parts = list(result) if several else [result]
     return result if parts and all(_is_view_of(part, view) for part in parts) else None
+
+
+def _is_repeated(user: Node, node: Node) -> bool:
+    """Does this view repeat a weight as often as a symbolic size says?"""
+    sizes = [source.meta.get("example_value") for source in user.all_input_nodes if source is not node]
+    known = is_call(user, (torch.broadcast_to,), "expand", "broadcast_to")
+    return known and all(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _stops_gradients(user: Node) -> bool:

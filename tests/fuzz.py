@@ -90,6 +90,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "patches": (lambda x, w, b: _patches(x, w, b, 2), lambda k, n: (n, k, 2)),
     "patches and a rest": (lambda x, w, b: _patches(x, w, b, 3).repeat(1, 2, 1)[:, :4], lambda k, n: (n, k, 3)),
     "matrices": (lambda x, w, b: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), lambda k, n: (4, k, n)),
+    "one matrix, expanded": (lambda x, w, b: torch.bmm(x, w.expand(x.shape[0], -1, -1)), lambda k, n: (k, n)),
     "matrices on the left": (lambda x, w, b: (w @ x.unsqueeze(-1)).squeeze(-1), lambda k, n: (4, n, k)),
     "einsum of matrices": (lambda x, w, b: torch.einsum("bsk,skn->bsn", x, w), lambda k, n: (4, k, n)),
     "einsum of matrices, turned": (lambda x, w, b: torch.einsum("bsk,nsk->bsn", x, w), lambda k, n: (n, 4, k)),
