@@ -91,12 +91,14 @@ def _no_device() -> Iterator[None]:
 def _mended() -> Iterator[None]:
     """The interpreter keeps bf16 as integers, multiplies those, and rounds to them by cutting off: both mended.
 
-    So are loaded bounds of loops: NumPy 2.4 makes no integer of the arrays in which Triton 3.6 keeps them.
+    So are loaded bounds of loops: NumPy 2.4 makes no integer of the arrays in which Triton 3.6 keeps them; and masks:
+    those made of a number become integers, which Triton 3.9 does not take.
     """
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
     original, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    original_load, original_store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     original_tensor = interpreter._patch_lang_tensor
 
     def wide(operand: Any) -> Any:
@@ -113,6 +115,15 @@ def _mended() -> Iterator[None]:
         rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
         return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
 
+    def truths(mask: Any) -> Any:
+        return TensorHandle(mask.data.astype(bool), mask.dtype)
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+        return original_load(self, ptrs, truths(mask), *rest, **kwargs)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
+        return original_store(self, ptrs, value, truths(mask), *rest, **kwargs)
+
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         original_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
@@ -120,6 +131,8 @@ def _mended() -> Iterator[None]:
     with (
         patch.object(InterpreterBuilder, "create_dot", create_dot),
         patch.object(InterpreterBuilder, "cast_impl", cast),
+        patch.object(InterpreterBuilder, "create_masked_load", masked_load),
+        patch.object(InterpreterBuilder, "create_masked_store", masked_store),
         patch.object(interpreter, "_patch_lang_tensor", patch_lang_tensor),
     ):
         yield
