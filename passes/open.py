@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -62,7 +63,7 @@ def put_code(module: GraphModule, node: Node, code: Code, inputs: Sequence[Node]
     values = [source.meta["example_value"] for source in inputs]
     if any(isinstance(value, Tensor) and value.is_nested for value in values):
         return
-    with torch.no_grad(), _autocast_of(node):
+    with torch.no_grad(), _autocast_of(node), _fake_mode_of(values):
         traced = make_fx(code, pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     if any(original.op == "get_attr" for original in traced.graph.nodes):
@@ -83,6 +84,11 @@ def _autocast_of(node: Node) -> AbstractContextManager[Any]:
     if first.dtype == result.dtype:
         return nullcontext()
     return torch.autocast(result.device.type, result.dtype)
+
+
+def _fake_mode_of(values: Sequence[Any]) -> AbstractContextManager[Any]:
+    """The mode that the values are of, so that tensors made on the way, such as zeros, are of it too."""
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
 
 
 def _put_in_place(node: Node, result: Any) -> None:

@@ -73,6 +73,15 @@ def test_weights_of_their_own_for_query_key_and_value() -> None:
     assert sorted(site.in_features for site in found.sites) == [32, 32, 48, 48]
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_keys_and_values_of_zeros_and_of_parameters(dynamic: bool) -> None:
+    """The zeros are made while the attention is opened."""
+    model = Attention(add_bias_kv=True, add_zero_attn=True)
+    found, result = opened(model, X, MEMORY, dynamic=dynamic)
+    torch.testing.assert_close(result[0], model(X, MEMORY)[0])
+    assert all(site.reason is None for site in found.sites) and len(found.sites) == 3
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_encoder_layer_has_the_same_sites_in_evaluation_and_in_training(norm_first: bool, activation: str) -> None:
