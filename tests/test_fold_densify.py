@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_as_good_as, to_double
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -138,6 +139,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
         return original(gm, *args, **kwargs)
 
     monkeypatch.setattr(backend, "_inner_compile", keep)
+    monkeypatch.setattr(functorch_config, "enable_autograd_cache", False)  # what it holds never gets to Inductor
     return seen
 
 
