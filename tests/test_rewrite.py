@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_sites import SCALED
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
@@ -105,21 +106,15 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
     "@": (lambda x, w, b: x @ w.permute(1, 0) + b, (48, 32), False),
     "four dimensions": (lambda x, w, b: x.view(1, 2, 5, 32) @ w, (32, 48), True),
     "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
-    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5, alpha=-2), (32, 48), True),
+    **SCALED,
     "addmm, scaled, without its term": (
         lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0),
         (32, 48),
         True,
     ),
-    "left addmm, scaled": (
-        lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t(), alpha=3),
-        (48, 32),
-        False,
-    ),
     "one of a batch": (lambda x, w, b: torch.bmm(x.view(1, 10, 32), w[None]), (32, 48), True),
     "bmm, expanded": (lambda x, w, b: torch.bmm(x, w.expand(x.shape[0], -1, -1)), (32, 48), True),
     "left bmm, expanded": (lambda x, w, b: torch.broadcast_to(w[None], (2, 48, 32)).bmm(x.mT), (48, 32), False),
-    "addmv": (lambda x, w, b: b.addmv(w, x[0, 0], beta=2), (48, 32), False),
     "einsum": (lambda x, w, b: torch.einsum("bsd,df->bsf", x, w), (32, 48), True),
     "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
     "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),

@@ -46,6 +46,15 @@ class OneWeight(nn.Module):
 
 
 X = torch.randn(2, 5, 32)
+SCALED: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
+    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5, alpha=-2), (32, 48), True),
+    "left addmm, scaled": (
+        lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t(), alpha=3),
+        (48, 32),
+        False,
+    ),
+    "addmv": (lambda x, w, b: b.addmv(w, x[0, 0], beta=2), (48, 32), False),
+}
 FORMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
     "linear": (lambda x, w, b: F.linear(x, w, b), (48, 32), False),
     "linear keywords": (lambda x, w, b: F.linear(input=x, weight=w, bias=b), (48, 32), False),
@@ -61,18 +70,12 @@ FORMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
     "@": (lambda x, w, b: x @ w.permute(1, 0), (48, 32), False),
     "@ twice transposed": (lambda x, w, b: x @ w.t().contiguous().T, (32, 48), True),
     "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
-    "addmm, scaled": (lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0.5, alpha=-2), (32, 48), True),
+    **SCALED,
     "addmm, scaled, without its term": (
         lambda x, w, b: torch.addmm(b * torch.nan, x.view(-1, 32), w, beta=0),
         (32, 48),
         True,
     ),
-    "left addmm, scaled": (
-        lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t(), alpha=3),
-        (48, 32),
-        False,
-    ),
-    "addmv": (lambda x, w, b: b.addmv(w, x[0, 0], beta=2), (48, 32), False),
     "einsum": (lambda x, w, b: torch.einsum("bsd,df->bsf", x, w), (32, 48), True),
     "einsum, weight first": (lambda x, w, b: torch.einsum("fd,bsd->bsf", w, x), (48, 32), False),
     "einsum to the left": (lambda x, w, b: torch.einsum("...d,df->f...", x, w), (32, 48), True),
