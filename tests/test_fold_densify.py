@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -129,7 +129,7 @@ def test_without_kernels_nothing_is_folded() -> None:
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
     """What Inductor is given: forward and backward graphs, in aten operators, each node with its value."""
     seen: list[GraphModule] = []
     original = backend._inner_compile
@@ -139,8 +139,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
         return original(gm, *args, **kwargs)
 
     monkeypatch.setattr(backend, "_inner_compile", keep)
-    monkeypatch.setattr(functorch_config, "enable_autograd_cache", False)  # what it holds never gets to Inductor
-    return seen
+    with functorch_config.patch(enable_autograd_cache=False):  # what it holds never gets to Inductor
+        yield seen
 
 
 def values(graphs: list[GraphModule]) -> list[Tensor]:
