@@ -4,7 +4,8 @@
     python benchmarks/models.py --models gpt2 --dtypes bf16 --modes train --contenders torch.compile pixelfly
     python benchmarks/models.py --scale tiny                           # does it run?
 
-Contenders: `density-1` is our own kernels with every block kept, `compact` the compact model.
+Contenders: `density-1` is our own kernels with every block kept, `compact` the compact model, `compact-untied` the same
+with a head of its own where the dense model's is tied to the embedding (GPT-2).
 
 Modes: `train` is forward, backward and AdamW; `batch` is inference on the training batch (GPT-2: prefill, 2048 rows);
 `single` is inference on one token or one image (GPT-2: the matmuls of a decode step, 1 row). Contenders have the same
@@ -46,7 +47,9 @@ from _common import (
 from torch import Tensor, nn
 
 MODES = ("train", "batch", "single")
-CONTENDERS = DENSE, SPARSE, DENSITY_1, COMPACT = "torch.compile", "pixelfly", "density-1", "compact"
+CONTENDERS = "torch.compile", "pixelfly", "density-1", "compact", "compact-untied"
+DENSE, SPARSE, DENSITY_1, COMPACT, UNTIED = CONTENDERS
+COMPACT_ONES = COMPACT, UNTIED
 MAX_SECONDS = 120.0  # per case
 FP32_TOLERANCE = 1e-3  # relative, outputs and gradients, between two fp32 computations
 CHILD_STEPS = 3
@@ -204,9 +207,11 @@ class Runner:
         else:
             import pixelfly_compiler
 
-            if self.name == COMPACT:
+            if self.name in COMPACT_ONES:
                 args, kwargs = self.workload.plan_arguments(self.case.mode)
-                pixelfly_compiler.sparsify_(self.model, args, kwargs, **self.case.options(self.name))
+                pixelfly_compiler.sparsify_(
+                    self.model, args, kwargs, untie=self.name == UNTIED, **self.case.options(self.name)
+                )
             else:
                 options |= self.case.options(self.name)
             # The function and not its name, which is known where the package is installed.
@@ -278,7 +283,7 @@ def check(case: Case, runner: Runner, rows: int | None = None) -> float:
     workload = runner.workload
     oracle = copy.deepcopy(runner.model)
     plan = None
-    if runner.name not in (DENSE, COMPACT):
+    if runner.name not in (DENSE, *COMPACT_ONES):
         import pixelfly_compiler
 
         args, kwargs = workload.plan_arguments(case.mode)
@@ -427,7 +432,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         return []
     results = []
     for case in cases:
-        rows = measure(case, [name for name in args.contenders if name != COMPACT or case.mode == "train"], args)
+        names = [name for name in args.contenders if case.mode == "train" or name not in COMPACT_ONES]
+        rows = measure(case, names, args)
         title = f"{case.model} {case.dtype} {case.mode}, budget {case.budget:.0%}, {case.attention}"
         print_table(title, COLUMNS, map(cells, rows))
         for row in rows:

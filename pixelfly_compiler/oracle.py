@@ -6,7 +6,7 @@ after `project_`, and the gradient that reaches a planned weight is P of the den
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import PlanError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.support import Support
-from pixelfly_compiler.passes.weights import own_name
+from pixelfly_compiler.owners import Owner, heads, owners
 
 
 def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
@@ -64,38 +64,28 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     own, and the lookup keeps W.
     """
     model = getattr(model, "_orig_mod", model)
-    parameters = {own_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
+    held_by = owners(model)
     for entry in plan.sparse:
-        if entry.parameter not in parameters:
+        if entry.parameter not in held_by:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        weight = parameters[entry.parameter]
+        holders = held_by[entry.parameter]
+        weight = holders[0].module.get_parameter(holders[0].attribute)
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
-            _untie(model, weight, projected, entry, parameters)
+            own = nn.Parameter(projected, requires_grad=weight.requires_grad)
+            for head in _heads(holders, entry):
+                setattr(head.module, head.attribute, own)
         else:
             weight.copy_(projected)
     return model
 
 
-def _untie(
-    model: nn.Module, weight: Tensor, projected: Tensor, entry: Entry, parameters: Mapping[str, nn.Parameter]
-) -> None:
-    names = [name.rpartition(".") for name, parameter in parameters.items() if parameter is weight]
-    owners = [(path, model.get_submodule(path), key) for path, _, key in names]
-    heads = [(module, key) for path, module, key in owners if _is_one_of(path, entry.heads)]
-    if not heads:  # a module above multiplies with it
-        heads = [(module, key) for _, module, key in owners if not isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    if not heads or len(heads) == len(owners):
+def _heads(holders: Sequence[Owner], entry: Entry) -> list[Owner]:
+    found = heads(holders, entry.heads)
+    if not found:
         raise PlanError(
             "an embedding multiplies with its own table, so the table cannot be projected for the matmul alone",
             site=entry.name,
             next_step="give the matmul a module of its own, tied to the embedding",
         )
-    own = nn.Parameter(projected, requires_grad=weight.requires_grad)
-    for module, key in heads:
-        setattr(module, key, own)
-
-
-def _is_one_of(path: str, modules: Collection[str]) -> bool:
-    """After a graph break Dynamo may see a submodule as the root, and so only the end of a path."""
-    return any(path == module or (module and path.endswith(f".{module}")) for module in modules)
+    return found

@@ -25,6 +25,7 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.owners import Owner, heads, owners
 from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
 from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.passes.weights import own_name
@@ -47,6 +48,7 @@ def sparsify_(
     *,
     init: str = "scratch",
     optimizer: str = "adam",
+    untie: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Make `model` compact, in place: the planned weights become W = gamma B + (1 - gamma) U V^T. Returns the model.
@@ -55,6 +57,8 @@ def sparsify_(
     init          "scratch": new random factors with the variance of the weights, to train from scratch;
                   "project": the best approximation of the weights, to fine-tune a trained model
     optimizer     "adam": built for Adam, AdamW, Adafactor, Lion, ...; "sgd": for SGD. See `parametrization.py`
+    untie         a head whose weight is also an embedding's table gets compact weights of its own, and the table stays
+                  as it is; else both stay one dense weight. `densify_` does not tie them again
     options       those of `plan()`: budget=0.25, plan=, block_size=, include=, exclude=, ...; `vary_strides` is true
                   unless it is given
 
@@ -70,8 +74,8 @@ def sparsify_(
     if others:
         raise TypeError(f"sparsify_() got an unexpected option {next(iter(others))!r}")
     _check_model(model)
-    plan = config.plan or _plan(model, args, kwargs, config)
-    targets = _targets(model, plan, optimizer)
+    plan = config.plan or _plan(model, args, kwargs, config, untie)
+    targets = _targets(model, plan, optimizer, untie)
     _check_optimizers([target.weight for target in targets])
     with _all_or_nothing(targets):
         _register(targets, init)
@@ -233,71 +237,73 @@ def _check_model(model: nn.Module) -> None:
             raise CompactError("is sharded", site=name, next_step="sparsify_ the model first, then fully_shard")
 
 
-def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config: Config) -> Plan:
-    """The plan of the model, without what can only be projected at use: tied weights."""
+def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config: Config, untie: bool) -> Plan:
+    """The plan of the model, without what can only be projected at use: weights that stay tied."""
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
     if not positional and not kwargs:
         raise OptionError(
             "neither example inputs nor a plan", next_step="sparsify_(model, args), or sparsify_(model, plan=plan)"
         )
     found = capture(model, positional, kwargs)
-    owners = _owners(model)
-    sites = tuple(replace(site, reason=site.reason or _why_dense(site, owners)) for site in found.sites)
+    held_by = owners(model)
+    sites = tuple(
+        replace(site, reason=site.reason or _why_dense(site, held_by.get(site.parameter, ()), untie))
+        for site in found.sites
+    )
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
     return make_plan(replace(found, sites=sites), config.replace(basis="svd"), weights=weights, training=True)
 
 
-def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Parameter name -> every (module, attribute) that holds the parameter; a module of two names counts once."""
-    holders: dict[int, dict[tuple[int, str], tuple[nn.Module, str]]] = {}
-    names: dict[str, int] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module.named_parameters(recurse=False):
-            names[own_name(f"{path}.{attribute}".lstrip("."))] = id(parameter)
-            holders.setdefault(id(parameter), {})[id(module), attribute] = (module, attribute)
-    return {name: list(holders[key].values()) for name, key in names.items()}
-
-
-def _why_dense(site: Site, owners: Mapping[str, Sequence[tuple[nn.Module, str]]]) -> str | None:
-    holders = owners.get(site.parameter, ())
+def _why_dense(site: Site, holders: Sequence[Owner], untie: bool) -> str | None:
     if not holders:
         return "no module of the model holds this weight"
     if site.region is not None or site.matrices > 1:
         return "a part of a parameter, or not of two dimensions"
-    if len(holders) > 1 or site.shared:
-        return "tied: several modules share this weight, and it stays one"
-    if isinstance(holders[0][0], parametrize.ParametrizationList):
+    if site.shared and untie:
+        why = None if len(heads(holders, site.modules)) == 1 else "tied, and not one module alone multiplies with it"
+    elif site.shared:
+        why = "tied to an embedding, and stays one with it; untie=True gives the matmul compact weights of its own"
+    else:
+        why = "tied: several modules share this weight, and it stays one" if len(holders) > 1 else None
+    if why is None and any(isinstance(owner.module, parametrize.ParametrizationList) for owner in holders):
         return "parametrized already"
-    return None
+    return why
 
 
-def _targets(model: nn.Module, plan: Plan, optimizer: str) -> list[_Target]:
+def _targets(model: nn.Module, plan: Plan, optimizer: str, untie: bool) -> list[_Target]:
     """The planned weights, found in the model; raises if this is not the model of the plan."""
-    owners = _owners(model)
+    held_by = owners(model)
+    targets = []
     for entry in plan.entries:
-        holders = owners.get(entry.parameter)
+        holders = held_by.get(entry.parameter)
         if holders is None:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        _check_shape(entry.name, getattr(*holders[0]).shape, entry.weight_shape, "in the plan")
-        if entry.config is not None and (entry.region is not None or entry.matrices > 1):
+        shape = holders[0].module.get_parameter(holders[0].attribute).shape
+        _check_shape(entry.name, shape, entry.weight_shape, "in the plan")
+        if entry.config is None:
+            continue
+        if entry.region is not None or entry.matrices > 1:
             raise CompactError(
                 "is a part of a parameter, or not of two dimensions: it has no factors of its own",
                 site=entry.name,
                 next_step="leave out `plan`, or make it with exclude=[...] of this name",
             )
-        if entry.config is not None and (len(holders) > 1 or entry.shared):
+        if entry.shared and untie:
+            holders = heads(holders, entry.heads)
+        if len(holders) != 1 or (entry.shared and not untie):
             raise CompactError(
                 "is tied: several modules share this weight, and as factors it would not be one any more",
                 site=entry.name,
-                next_step="leave out `plan`, or make it with exclude=[...] of this name",
+                next_step="pass untie=True if it is an embedding's; or leave out `plan`, or exclude=[...] this name",
             )
-    return [_target(entry, *owners[entry.name][0], optimizer) for entry in plan.sparse]
+        targets.append(_target(entry, holders[0], optimizer))
+    return targets
 
 
-def _target(entry: Entry, module: nn.Module, attribute: str, optimizer: str) -> _Target:
-    weight = module.get_parameter(attribute)
-    new = CompactWeight.of(entry, optimizer, weight.device, tuple(module._parameters))
-    return _Target(entry, module, attribute, weight, new)
+def _target(entry: Entry, owner: Owner, optimizer: str) -> _Target:
+    weight = owner.module.get_parameter(owner.attribute)
+    new = CompactWeight.of(entry, optimizer, weight.device, tuple(owner.module._parameters))
+    return _Target(entry, owner.module, owner.attribute, weight, new)
 
 
 def _check_optimizers(weights: Sequence[nn.Parameter]) -> None:
@@ -406,23 +412,23 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def _targets_of_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[_Target]:
     """What is dense in the model and compact in `state`."""
     held = {weight.name for weight in compact_weights(model)}
-    owners = _owners(model)
+    held_by = owners(model)
     targets = []
     for key in [key for key in state if key.endswith(_EXTRA_STATE)]:
         name = _weight_name(key)
         if name in held:
             continue
-        if name not in owners:
+        if name not in held_by:
             raise PlanMismatchError(
                 "compact in the state, and no weight of the model",
                 site=name,
                 next_step="load it into the same architecture",
             )
-        module, attribute = owners[name][0]
-        weight = module.get_parameter(attribute)
-        new = CompactWeight.from_extra_state(state[key], weight.device, tuple(module._parameters))
+        owner = held_by[name][0]
+        weight = owner.module.get_parameter(owner.attribute)
+        new = CompactWeight.from_extra_state(state[key], weight.device, tuple(owner.module._parameters))
         _check_shape(name, weight.shape, new.entry.weight_shape, "among the weights to load")
-        targets.append(_Target(new.entry, module, attribute, weight, new))
+        targets.append(_Target(new.entry, owner.module, owner.attribute, weight, new))
     if targets:
         if held:
             raise CompactError(
@@ -448,9 +454,12 @@ def _as_stored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
     """`state` with the names of `model.state_dict()`: dense weights projected, tied ones under all their names."""
     result = dict(state)
     for held in compact_weights(model):
-        if held.name in result:
-            dense = result.pop(held.name)
-            _check_shape(held.name, dense.shape, held.parametrization.entry.weight_shape, "in the model")
+        entry = held.parametrization.entry
+        dense = result.pop(held.name, None)
+        if dense is None and entry.shared and f"{held.prefix}{_EXTRA_STATE}" not in result:  # the table it was tied to
+            dense = next((result[name] for name in (entry.name, *entry.aliases) if name in result), None)
+        if dense is not None:
+            _check_shape(held.name, dense.shape, entry.weight_shape, "in the model")
             result |= held.stored(dense)
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

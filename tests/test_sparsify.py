@@ -192,6 +192,58 @@ def test_tied_weights_stay_tied_and_dense_with_the_reason() -> None:
     assert "tied" in str(plan["emb.weight"].reason)
 
 
+@pytest.mark.parametrize("given", ["inputs", "plan"])
+def test_an_untied_head_is_compact_and_the_table_stays(given: str) -> None:
+    model, ids = Tied(), torch.arange(WIDTH)
+    oracle, table = copy.deepcopy(model), model.emb.weight
+    if given == "plan":
+        pf.sparsify_(model, plan=pf.plan(model, ids, **OPTIONS), untie=True, init="project")
+    else:
+        compact(model, ids, untie=True, init="project")
+    assert list(pf.factors(model)) == ["body.weight", "head.weight"]
+    assert model.emb.weight is table and isinstance(table, nn.Parameter)
+    pf.project_(oracle, pf.plan_of(model), basis="svd")
+    torch.testing.assert_close(model(ids), oracle(ids), rtol=1e-4, atol=1e-5)
+    model(ids).square().mean().backward()
+    assert table.grad is not None and pf.factors(model)["head.weight"]["u"].grad is not None
+    before = model(ids)
+    pf.densify_(model)
+    torch.testing.assert_close(model(ids), before, rtol=1e-4, atol=1e-5)
+    assert model.head.weight is not model.emb.weight
+
+
+@pytest.mark.parametrize("how", ["torch", "safetensors"])
+def test_an_untied_head_is_saved_and_loaded(how: str, tmp_path: Path) -> None:
+    ids = torch.arange(WIDTH)
+    model = compact(Tied(), ids, untie=True)
+    state = saved(model, how, tmp_path)
+    for other in (Tied(), compact(Tied(), ids, untie=True)):
+        pf.load_weights_(other, state)
+        assert torch.equal(other(ids), model(ids))
+    dense = Tied()  # what is tied in the file becomes the table, and the head's projection
+    pf.load_weights_(model, saved(dense, how, tmp_path))
+    assert torch.equal(model.emb.weight, dense.emb.weight)
+    pf.project_(dense, pf.plan_of(model), basis="svd")
+    torch.testing.assert_close(model(ids), dense(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_that_multiplies_by_itself_cannot_be_untied() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.body = nn.Embedding(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.body(self.emb(ids)), self.emb.weight)
+
+    model, ids = Own(), torch.arange(WIDTH)
+    compact(model, ids, untie=True)
+    assert list(pf.factors(model)) == ["body.weight"]
+    assert "not one module alone" in str(pf.plan_of(model)["emb.weight"].reason)
+    with pytest.raises(CompactError, match=r"(?s)emb\.weight: is tied.*untie=True"):
+        pf.sparsify_(Own(), plan=pf.plan(Own(), ids, **OPTIONS), untie=True)
+
+
 def test_a_module_of_two_names_is_one_owner() -> None:
     shared = nn.Linear(WIDTH, WIDTH)
     model = compact(nn.Sequential(shared, nn.ReLU(), shared))

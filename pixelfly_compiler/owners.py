@@ -1,0 +1,50 @@
+"""Which modules hold a weight, and which of them multiply with it: what tied weights are told apart by."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pixelfly_compiler.passes.weights import own_name
+
+
+@dataclass(frozen=True)
+class Owner:
+    """`module.attribute` is the weight; `path` is where the module stands in the model."""
+
+    path: str
+    module: nn.Module
+    attribute: str
+
+
+def owners(model: nn.Module) -> dict[str, list[Owner]]:
+    """Parameter name -> all who hold that parameter, first the one of this name; a module of two names counts once."""
+    holders: dict[int, dict[tuple[int, str], Owner]] = {}
+    named: dict[str, tuple[int, Owner]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module.named_parameters(recurse=False):
+            owner = Owner(own_name(f"{path}.").rstrip("."), module, attribute)
+            named[own_name(f"{path}.{attribute}".lstrip("."))] = id(parameter), owner
+            holders.setdefault(id(parameter), {}).setdefault((id(module), attribute), owner)
+    return {
+        name: [own, *(other for place, other in holders[key].items() if place != (id(own.module), own.attribute))]
+        for name, (key, own) in named.items()
+    }
+
+
+def heads(holders: Sequence[Owner], modules: Collection[str]) -> list[Owner]:
+    """Those of a table's holders that multiply with it, in place of looking it up; empty if none does that alone.
+
+    `modules`: the paths of those that were seen to.
+    """
+    found = [owner for owner in holders if _is_one_of(owner.path, modules)]
+    if not found:  # a module above multiplies with it
+        found = [owner for owner in holders if not isinstance(owner.module, nn.Embedding | nn.EmbeddingBag)]
+    return [] if len(found) == len(holders) else found
+
+
+def _is_one_of(path: str, modules: Collection[str]) -> bool:
+    """After a graph break Dynamo may see a submodule as the root, and so only the end of a path."""
+    return any(path == module or (module and path.endswith(f".{module}")) for module in modules)
