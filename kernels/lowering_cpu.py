@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,9 +26,9 @@ from torch._inductor.lowering import lowerings as L  # isort: skip
 from torch._inductor.codegen.cpp_gemm_template import gen_2d_view_of_epilogue_buf
 from torch._inductor.codegen.cpp_template import CppTemplate
 from torch._inductor.codegen.cpp_template_kernel import CppTemplateKernel
-from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
+from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP, cexpr_index
 from torch._inductor.ir import FixedLayout, IRNode, TensorBox
-from torch._inductor.utils import parallel_num_threads, sympy_product
+from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
 
 from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static, row_major
@@ -70,6 +71,16 @@ class PixelflyCppTemplate(CppTemplate):
         header = kernel.def_kernel(inputs=inputs, outputs={"Y": state["Y"]}, aliases=state["aliases"])
         return f'extern "C" {header}'
 
+    def start_of(self, kernel: CppTemplateKernel, node: IRNode) -> str:
+        """A pointer to the first element. `kernel.index` says the same, but parses expressions, which takes long."""
+        name, offset = kernel.args.input(node.get_name()), node.get_layout().offset
+        return name if offset == 0 else f"({name} + {cexpr_index(kernel.rename_indexing(offset))})"
+
+    def make_kernel_render(self, node: ir.CppTemplateBuffer, **kwargs: Any) -> tuple[CppTemplateKernel, Any]:
+        """The kernel of this node, and what writes its code. Inductor's `generate` writes it once more, for tuning."""
+        kernel = CppTemplateKernel(kernel_name=str(Placeholder.KERNEL_NAME), num_threads=self.num_threads)
+        return kernel, partial(kernel.render, self, template_buffer_node=node, **kwargs)
+
     def local_buffer(self, kernel: CppTemplateKernel, name: str, sizes: list[int]) -> ir.Buffer:
         """An fp32 buffer that the template declares itself."""
         layout = ir.FixedLayout(torch.device("cpu"), torch.float32, [sympy.Integer(size) for size in sizes])
@@ -78,13 +89,13 @@ class PixelflyCppTemplate(CppTemplate):
     def render(  # type: ignore[override]
         self,
         kernel: CppTemplateKernel,
-        template_buffer_node: ir.CppTemplateBuffer | None = None,
+        template_buffer_node: ir.CppTemplateBuffer,
         flag_template_buffer_has_other_users: bool | None = None,
         epilogue_nodes: list[IRNode] | None = None,
         **kwargs: Any,
     ) -> str:
-        template_buffer = self.output_node if template_buffer_node is None else template_buffer_node
-        state = self._epilogue_state(template_buffer, bool(flag_template_buffer_has_other_users), epilogue_nodes or [])
+        other_users = bool(flag_template_buffer_has_other_users)
+        state = self._epilogue_state(template_buffer_node, other_users, epilogue_nodes or [])
         self._render_state = state
         threads = "" if inductor_config.cpp.dynamic_threads else f"num_threads({self.num_threads})"
         with patch.object(V.graph, "get_dtype", self._fake_get_dtype(state["fake_buffers"])):
@@ -151,8 +162,7 @@ class _TemplateBuffer(ir.CppTemplateBuffer):
     """A template's output, together with the inputs that the template writes to."""
 
     def __init__(self, template: PixelflyCppTemplate, written: Iterable[IRNode]) -> None:
-        choice = template.generate()
-        super().__init__(template.layout, template.input_nodes, choice.make_kernel_render, template, choice)
+        super().__init__(template.layout, template.input_nodes, template.make_kernel_render, template, None)
         none = ir.NoneLayout(device=template.layout.device)
         self.mutation_outputs = [ir.MutationOutput(none, buffer, self) for buffer in written]
 
@@ -274,8 +284,8 @@ def _lower_products(
         inputs["ENDS"] = contiguous(ends)
     if index is not None:
         inputs["INDEX"] = contiguous(index)
-    nnz, each = stacked // max(groups, 1), rows if not groups or ends is not None else rows // groups
-    params = _linear_params(x, nnz, b_out, b_in, rank, features, transposed, index is None)
+    each = rows if not groups or ends is not None else rows // groups
+    params = _linear_params(x, b_out, b_in, rank, features, transposed, index is None)
     params |= _few_rows(None if ends is not None else each, transposed)
     params |= {
         "stores_t": stores_t,
@@ -290,28 +300,20 @@ def _lower_products(
 
 
 def _linear_params(
-    x: TensorBox, nnz: int, b_out: int, b_in: int, rank: int, features: int, transposed: bool, dense: bool
+    x: TensorBox, b_out: int, b_in: int, rank: int, features: int, transposed: bool, dense: bool
 ) -> dict[str, Any]:
-    k = x.get_size()[1]
     block_k, block_n = (b_out, b_in) if transposed else (b_in, b_out)
-    out_features, in_features = (k, features) if transposed else (features, k)
-    out_blocks, in_blocks = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
-    crow_t = out_blocks + 1 + 2 * nnz
     return {
         "N": features,
-        "K": k,
+        "K": x.get_size()[1],
         "block_k": block_k,
         "block_n": block_n,
         "rank": rank,
-        "nnz": nnz,
         "ldx": x.get_stride()[0],
         "block_m": _ROW_TILE,
         "dense": dense,
         "blocks_transposed": transposed,
         "slot": ("(i % COLS) * ROWS + i / COLS" if dense else "slot[i]") if transposed else "i",
-        "crow_at": crow_t if transposed else 0,
-        "col_at": crow_t + in_blocks + 1 if transposed else out_blocks + 1,
-        "slot_at": crow_t + in_blocks + 1 + nnz if transposed else 0,
     }
 
 
@@ -391,12 +393,11 @@ def _lower_gradients(
         "b_out": b_out,
         "b_in": b_in,
         "rank": rank,
-        "nnz": nnz,
         "lda": inputs["A"].get_stride()[0],
         "ldx": inputs["X"].get_stride()[0],
         "dense": index is None,
         "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
-        "chunk": min(8, nnz),
+        "chunk": 8,
         "groups": groups,
         "has_ends": ends is not None,
     }

@@ -139,6 +139,9 @@ def _batched(left: Any, right: Any, operand: Node) -> Operands | None:
     if len(_shape(operand)) != 3 or len(shape) < 2:
         return None
     few = len(shape) == 2 or (isinstance(shape[-3], int) and shape[-3] == 1)
+    if groups == 1 and not few:  # one for all of x
+        of_weight = same if turn else transpose
+        return Operands(x, operand, None, None, of_weight, partial(_ahead, turn=turn), partial(_not_ahead, turn=turn))
     if not few and shape[-3] != groups:
         return None
     return Operands(
@@ -160,6 +163,14 @@ def _matrices_first(x: Any, dims: int, turn: bool, groups: Any = None) -> Any:
 def _matrices_back(y: Any, dims: int, turn: bool) -> Any:
     y = y.movedim(0, -3) if dims > 3 else y
     return y.transpose(-1, -2) if turn else y
+
+
+def _ahead(x: Any, turn: bool) -> Any:
+    return (x.transpose(-1, -2) if turn else x).unsqueeze(0)
+
+
+def _not_ahead(y: Any, turn: bool) -> Any:
+    return y.squeeze(0).transpose(-1, -2) if turn else y.squeeze(0)
 
 
 def _bmm(node: Node, operand: Node) -> Operands | None:
@@ -367,6 +378,45 @@ def _convolution(node: Node, operand: Node) -> Operands | None:
     )
 
 
+def _transposed_convolution(node: Node, operand: Node) -> Operands | None:
+    """A transposed convolution whose windows do not overlap (kernel = stride): each input becomes a patch."""
+    if not is_call(node, (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)):
+        return None
+    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    x, weight, bias, stride, padding, more, groups, dilation = _arguments(node, names)
+    kernel = _shape(weight)[2:]
+    dims = len(kernel)
+    if len(_shape(x)) != dims + 2 or groups not in (None, 1) or any(_each(padding, 0, dims) + _each(more, 0, dims)):
+        return None
+    if _each(stride, 1, dims) != kernel or any(_each(dilation, 1, dims)[i] != 1 for i, k in enumerate(kernel) if k > 1):
+        return None
+    return Operands(
+        x,
+        weight,
+        matrix=_columns,
+        enter=partial(_of_first, step=_channels_last) if isinstance(bias, Node) else _channels_last,
+        leave=partial(_as_patches, kernel=kernel),
+        given=(bias,) if isinstance(bias, Node) else (),
+    )
+
+
+def _columns(weight: Any) -> Any:
+    return weight.flatten(1).t()
+
+
+def _channels_last(x: Any) -> Any:
+    return x.movedim(1, -1)
+
+
+def _as_patches(y: Any, bias: Any = None, *, kernel: Sequence[int]) -> Any:
+    """(batch, *counts, channels * prod(kernel)) -> (batch, channels, *sizes), plus a bias for each channel."""
+    dims = len(kernel)
+    y = y.unflatten(-1, (-1, *kernel)).movedim(dims + 1, 1)
+    for dim in range(dims):  # each count next to its size within a patch, and both become one
+        y = y.movedim(dims + 2, dim + 3).flatten(dim + 2, dim + 3)
+    return y if bias is None else y + bias.view(-1, *(1,) * dims)
+
+
 def _is_unpadded(padding: object, kernel: Sequence[int]) -> bool:
     if isinstance(padding, str):
         return padding == "valid" or math.prod(kernel) == 1
@@ -419,6 +469,7 @@ PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (
     _einsum,
     _tensordot,
     _convolution,
+    _transposed_convolution,
 )
 
 

@@ -302,7 +302,7 @@ def _mutates(node: Node) -> bool:
 
 # Part of an operation's name -> why it stays dense.
 _HINTS = {  # by a word in the operation's name, the first that is in it
-    "conv_transpose": "a transposed convolution",
+    "conv_transpose": "a transposed convolution with groups, padding or windows that overlap",
     "conv": "a convolution with groups, padding or windows that overlap",
     "bmm": "which multiplies with several matrices in a way pixelfly does not know",
     "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",

@@ -115,7 +115,7 @@ class CompactWeight(nn.Module):
         else:
             blocks = (self.scales.blocks * gamma) * blocks
             u = (self.scales.u * (1 - gamma)) * u
-            v = self.scales.v * v
+            v = v if self.scales.v == 1 else self.scales.v * v
         index = self.index.to(blocks.device)
         shape = self.support.out_features, self.support.in_features
         weight: Tensor = torch.ops.pixelfly.densify(blocks, u, v, index, *shape)

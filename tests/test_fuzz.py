@@ -23,5 +23,6 @@ def test_what_may_stand_between() -> None:
         check(Case((("linear", 48, between), ("matmul", 32, between)), 32, 2, False, torch.float32, False, 0.5, None))
 
 
-def test_random_modules() -> None:
-    fuzz(cases=70, number=0)
+@pytest.mark.parametrize("number", range(5))
+def test_random_modules(number: int) -> None:
+    fuzz(cases=14, number=number)

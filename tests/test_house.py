@@ -132,8 +132,9 @@ print(get_kernel, layer, kernels.__version__)
     assert output(code, ROOT, tmp_path) == "theirs theirs too 1.0"
 
 
-def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
-        output(block, cwd=tmp_path)
+README_CODE = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", range(len(README_CODE)))
+def test_the_code_in_the_readme_runs(block: int, tmp_path: Path) -> None:
+    output(README_CODE[block], cwd=tmp_path)

@@ -254,11 +254,28 @@ def test_convolutions_that_are_matmuls_are_sites_and_others_are_counted(kind: st
     assert match.rows == result.numel() // 48
 
 
-def test_a_transposed_convolution_is_counted_and_called_what_it_is() -> None:
-    model, x = nn.ConvTranspose2d(32, 48, 2, 2), torch.randn(2, 32, 4, 5)
+@pytest.mark.parametrize(
+    "model, shape",
+    [
+        (nn.ConvTranspose1d(32, 48, 3, 3), (2, 32, 5)),
+        (nn.ConvTranspose2d(32, 48, (2, 4), (2, 4), bias=False), (2, 32, 4, 5)),
+        (nn.ConvTranspose3d(32, 48, (1, 2, 3), (1, 2, 3)), (2, 32, 2, 3, 4)),
+    ],
+)
+def test_a_transposed_convolution_of_patches_is_a_matmul(model: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    match, (result, x, weight, _, _, *terms) = one_match(model, x)
+    parts = match.operands
+    product = F.linear(parts.enter(x, *terms), parts.matrix(weight))
+    torch.testing.assert_close(parts.leave(product, *terms), result)
+    assert 2 * match.rows * match.out_features * match.in_features == 2 * x.numel() * weight[0].numel()
+
+
+def test_other_transposed_convolutions_are_counted_and_called_what_they_are() -> None:
+    model, x = nn.ConvTranspose2d(32, 48, 3, 2), torch.randn(2, 32, 4, 5)
     (found,) = found_in(model, x)
     assert found.sites == () and "a transposed convolution" in found.skipped[0].reason
-    assert found.skipped[0].flops == 2 * x.numel() * 48 * 2 * 2
+    assert found.skipped[0].flops == 2 * x.numel() * 48 * 3 * 3
 
 
 def test_a_view_made_without_gradients_is_no_weight_in_training() -> None:

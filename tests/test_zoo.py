@@ -19,6 +19,7 @@ from zoo import ZOO, Built, WeightFlops, mixtral, without_dropout
 
 from pixelfly_compiler import backend
 from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.owners import Owner, heads
 from pixelfly_compiler.plan import plan, project, project_
 
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True}
@@ -48,15 +49,20 @@ def step(model: Any, inputs: dict[str, Tensor]) -> tuple[list[Tensor], dict[str,
     return [x.detach() for x in outputs], {name: grad.clone() for name, grad in names.items()}
 
 
-def oracle_gradient(name: str, gradients: dict[str, Tensor], made: Plan) -> Tensor:
-    """P of the dense gradient, part by part; of a tied weight only the head's share."""
+def oracle_gradient(name: str, exact: nn.Module, gradients: dict[str, Tensor], made: Plan) -> Tensor:
+    """P of the dense gradient, part by part; of a tied weight, which is several in `exact`, only the head's share."""
     gradient = gradients[name]
     for entry in made.sparse:
         if entry.parameter == name and not entry.shared:
             gradient = project(gradient, entry)
         elif entry.parameter == name:
-            heads = [head for head in entry.aliases if head in gradients]
-            gradient = gradient + sum(project(gradients[head], entry) for head in heads)
+            tied = [other for other in (name, *entry.aliases) if other in gradients]
+            holders = [
+                Owner(path, exact.get_submodule(path), key) for path, _, key in (n.rpartition(".") for n in tied)
+            ]
+            of_heads = heads(holders, entry.heads)
+            parts = zip((gradients[other] for other in tied), holders, strict=True)
+            gradient = torch.stack([project(g, entry) if held in of_heads else g for g, held in parts]).sum(0)
     return gradient
 
 
@@ -73,7 +79,7 @@ def assert_equals_the_oracle(model: nn.Module, inputs: dict[str, Tensor], made: 
         if name not in gradients:
             assert not gradient.any(), name
             continue
-        other = oracle_gradient(name, gradients, made)
+        other = oracle_gradient(name, exact, gradients, made)
         assert (gradient - other).norm() <= 1e-4 * max(other.norm(), 1e-3 * scale), name
     for name, buffer in exact.named_buffers():
         torch.testing.assert_close(dict(model.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5)
