@@ -113,9 +113,11 @@ def compact(size: Size, ids: Tensor, **options: Any) -> Built:
     return Built(model, torch.compile(model, backend="pixelfly"), pixelfly_compiler.plan_of(model).kept)
 
 
-def one_line(size: Size, ids: Tensor, **options: Any) -> Built:
+def one_line(size: Size, ids: Tensor, rescaled: bool = False, **options: Any) -> Built:
     model = gpt(size)
     plan = pixelfly_compiler.plan(model, (ids,), {"labels": ids}, force=True, **options)
+    if rescaled:
+        pixelfly_compiler.rescale_(model, plan)
     planned: dict[str, Any] = {"plan": plan}
     return Built(model, torch.compile(model, backend="pixelfly", options=planned), plan.kept)
 
@@ -182,6 +184,7 @@ CONTENDERS: dict[str, Callable[[Size, Tensor], Built]] = {
     "compact 0.25, same strides": lambda size, ids: compact(size, ids, budget=0.25, vary_strides=False),
     "one line 0.25": lambda size, ids: one_line(size, ids, budget=0.25),
     "one line 0.25, varied strides": lambda size, ids: one_line(size, ids, budget=0.25, vary_strides=True),
+    "one line 0.25, rescaled": lambda size, ids: one_line(size, ids, rescaled=True, budget=0.25, vary_strides=True),
     "butterfly 0.25": lambda size, ids: compact(size, ids, budget=0.25, lowrank_share=0.0),
     "low rank 0.25": lambda size, ids: low_rank(size, ids, 0.25),
     "random blocks 0.25": lambda size, ids: random_blocks(size, ids, 0.25),

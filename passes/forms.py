@@ -6,7 +6,8 @@ A pattern reads one node of the graph and says which of its arguments is what, s
 
 `matrix` gives the weight as (out, in), without copying; `enter` moves what is contracted to the last dimension of x,
 `leave` moves the last dimension, `out`, to where the node has it. All three are plain functions of a tensor: a rewrite
-traces them into the graph, a test calls them. A pattern returns None for what it does not know.
+traces them into the graph (so a method takes its arguments as torch's function of that name does), a test calls them. A
+pattern returns None for what it does not know.
 
 A weight may hold several matrices, as those of experts: then `matrix` gives (matrices, out, in), and `enter` brings x
 into an order in which the rows that meet the same matrix are neighbours. `ends` says where those of each matrix end.
@@ -445,7 +446,7 @@ def _patches(x: Any, kernel: Sequence[int], strides: Sequence[int]) -> Any:
             inner.append(dim + 1)
         dim += 1 + (size > 1)
     outer = [d for d in range(2, dim) if d not in inner]
-    return x.permute(0, *outer, 1, *inner).flatten(len(outer) + 1)
+    return x.permute([0, *outer, 1, *inner]).flatten(len(outer) + 1)
 
 
 def _arguments(node: Node, names: Sequence[str]) -> list[Any]:

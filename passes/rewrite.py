@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, Proxy
@@ -134,9 +135,21 @@ def _is_vector(bias: Node | None, features: int) -> bool:
     return value is not None and tuple(value.shape) == (features,)
 
 
+class _Tracer(GraphAppendingTracer):
+    """Traces a method of a tensor as the function of that name, if there is one: with methods of nodes whose values are
+    not known, as ours, AOTAutograd does not cache a graph.
+    """
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> Node:
+        function = getattr(torch, target, None) if kind == "call_method" else None
+        if function is not None:
+            kind, target = "call_function", function
+        return super().create_node(kind, target, *args, **kwargs)
+
+
 def _traced(step: Step, *nodes: Node) -> Node:
     """What the step does with these, as nodes behind them."""
-    tracer = GraphAppendingTracer(nodes[0].graph)
+    tracer = _Tracer(nodes[0].graph)
     result: Node = step(*(Proxy(node, tracer) for node in nodes)).node
     return result
 

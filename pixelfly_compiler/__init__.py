@@ -20,7 +20,7 @@ from pixelfly_compiler.errors import (
 )
 from pixelfly_compiler.export import export, package
 from pixelfly_compiler.passes.sites import SiteConfig
-from pixelfly_compiler.plan import plan, project, project_
+from pixelfly_compiler.plan import plan, project, project_, rescale_
 from pixelfly_compiler.sparsify import densify_, factors, load_weights_, plan_of, sparsify_
 
 __version__ = "0.1.0"
@@ -49,5 +49,6 @@ __all__ = [
     "plan_of",
     "project",
     "project_",
+    "rescale_",
     "sparsify_",
 ]

@@ -1,12 +1,13 @@
 """What a plan means: the same model with every planned weight W replaced by P(W).
 
 `project` is P of one weight, `project_` replaces all of a model's. The compiled dense model equals the eager model
-after `project_`, and the gradient that reaches a planned weight is P of the dense gradient there.
+after `project_`, and the gradient that reaches a planned weight is P of the dense gradient there. `rescale_` prepares a
+new model for being trained so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +64,7 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their
     own, and the lookup keeps W.
     """
-    model = getattr(model, "_orig_mod", model)
-    held_by = owners(model)
-    for entry in plan.sparse:
-        if entry.parameter not in held_by:
-            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        holders = held_by[entry.parameter]
-        weight = holders[0].module.get_parameter(holders[0].attribute)
+    for entry, holders, weight in _planned(model, plan):
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
             own = nn.Parameter(projected, requires_grad=weight.requires_grad)
@@ -78,6 +73,35 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
         else:
             weight.copy_(projected)
     return model
+
+
+@torch.no_grad()
+def rescale_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Scale every planned weight W of `model`, in place, so that P(W) gets the norm that W has. Returns the model.
+
+    For training from scratch with the one line. P keeps about the plan's share of a random weight's variance, and its
+    initialisation is made for all of it: without this the activations shrink from layer to layer. Not for trained
+    weights. A weight that an embedding looks up too stays as it is.
+    """
+    for entry, _, weight in _planned(model, plan):
+        if entry.shared:
+            continue
+        whole, projected = (
+            matrix if entry.region is None else entry.region.view(matrix) for matrix in (weight, project(weight, entry))
+        )
+        scale = whole.norm() / projected.norm()
+        whole.mul_(torch.where(scale.isfinite(), scale, 1.0))  # zeros stay zeros
+    return model
+
+
+def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[Entry, list[Owner], nn.Parameter]]:
+    """Each sparse entry, who holds its weight, and the weight."""
+    held_by = owners(getattr(model, "_orig_mod", model))
+    for entry in plan.sparse:
+        if entry.parameter not in held_by:
+            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
+        holders = held_by[entry.parameter]
+        yield entry, holders, holders[0].module.get_parameter(holders[0].attribute)
 
 
 def _heads(holders: Sequence[Owner], entry: Entry) -> list[Owner]:

@@ -16,7 +16,7 @@ from pixelfly_compiler.capture import capture
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.kernels.support import max_strides
-from pixelfly_compiler.oracle import project, project_
+from pixelfly_compiler.oracle import project, project_, rescale_
 from pixelfly_compiler.passes import candidates as ways
 from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, allocate
 from pixelfly_compiler.passes.calibration import device_for
@@ -25,7 +25,7 @@ from pixelfly_compiler.passes.sites import Found, Site, SiteConfig, Skipped
 
 Decisions = dict[str, tuple[SiteConfig | None, str | None]]  # site name -> config, reason if dense
 
-__all__ = ["Entry", "Plan", "make_plan", "plan", "project", "project_"]
+__all__ = ["Entry", "Plan", "make_plan", "plan", "project", "project_", "rescale_"]
 
 
 def plan(

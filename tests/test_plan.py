@@ -23,7 +23,7 @@ from pixelfly_compiler.errors import OptionError, PlanError, PlanMismatchError, 
 from pixelfly_compiler.passes import calibration, cost
 from pixelfly_compiler.passes.candidates import candidates, relative_errors
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
-from pixelfly_compiler.plan import make_plan, plan, project, project_
+from pixelfly_compiler.plan import make_plan, plan, project, project_, rescale_
 from pixelfly_compiler.report import render
 
 DEVICE = cost.Device()  # the defaults: tests must not depend on this machine
@@ -478,6 +478,37 @@ def test_project_replaces_every_planned_weight_and_no_other() -> None:
             torch.testing.assert_close(project(value, made[name]), value, rtol=1e-4, atol=1e-6)
         else:
             assert torch.equal(value, before[name])
+
+
+def test_rescaled_weights_lose_no_norm_to_the_projection() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True)  # with parts of a packed weight
+    nn.init.zeros_(model.linear2.weight)
+    made = plan(model, torch.randn(2, 8, 64), budget=0.5, force=True, exclude="linear1.*")
+    before = copy.deepcopy(model.state_dict())
+    assert rescale_(model, made) is model
+    changed = {entry.parameter for entry in made.sparse}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (name not in changed or name == "linear2.weight")
+    for entry in made.sparse:
+        after, earlier = (project(model.get_parameter(entry.parameter), entry), before[entry.parameter])
+        parts = [matrix if entry.region is None else entry.region.view(matrix) for matrix in (after, earlier)]
+        torch.testing.assert_close(parts[0].norm(), parts[1].norm())
+
+
+def test_a_rescaled_model_leaves_the_table_of_a_tied_head_as_it_is() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.head = nn.Embedding(64, 64), nn.Linear(64, 64, bias=False)
+            self.head.weight = self.emb.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.emb(ids))
+
+    model = Tied()
+    made, before = plan(model, torch.arange(64), budget=0.5, force=True), model.emb.weight.detach().clone()
+    assert made.sparse and torch.equal(rescale_(model, made).emb.weight, before)
 
 
 def test_project_of_a_transposed_weight_is_the_transpose() -> None:
