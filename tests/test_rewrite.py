@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_sites import SCALED
 from torch import Tensor, nn
+from torch._functorch._aot_autograd.autograd_cache import check_node_safe
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -365,6 +366,16 @@ def test_the_graph_is_well_formed_and_nothing_else_changed(form: str) -> None:
     assert result.found.matches[0].node.name in gone
     last = graph.output_node().args[0][0]
     assert last.meta["example_value"].shape == result.y.shape
+    for node in graph.nodes:
+        check_node_safe(node)  # AOTAutograd caches no graph where this raises
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(32, 48, 2, 2), nn.ConvTranspose2d(32, 48, 2, 2)])
+def test_patches_can_be_cached(model: nn.Module) -> None:
+    result = rewritten(model, torch.randn(2, 32, 4, 6))
+    assert result.count() == 1
+    for node in result.after.graph.nodes:
+        check_node_safe(node)
 
 
 # ---- what has no users, but an effect ----
