@@ -168,10 +168,10 @@ def _kernel_rates(float32: float) -> dict[str, float]:
 
 
 def _seconds(call: Callable[[], object], repeats: int = 9, limit: float = 0.1) -> float:
-    """The fastest of a few runs: the others were disturbed."""
+    """The fastest of a few runs, two at least: the others were disturbed."""
     call()
     times: list[float] = []
-    while len(times) < repeats and sum(times) < limit:
+    while len(times) < 2 or (len(times) < repeats and sum(times) < limit):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

@@ -415,7 +415,7 @@ def _as_patches(y: Any, bias: Any = None, *, kernel: Sequence[int]) -> Any:
     y = y.unflatten(-1, (-1, *kernel)).movedim(dims + 1, 1)
     for dim in range(dims):  # each count next to its size within a patch, and both become one
         y = y.movedim(dims + 2, dim + 3).flatten(dim + 2, dim + 3)
-    return y if bias is None else y + bias.view(-1, *(1,) * dims)
+    return y if bias is None else y + bias.type_as(y).reshape((-1, *(1,) * dims))
 
 
 def _is_unpadded(padding: object, kernel: Sequence[int]) -> bool:
