@@ -165,7 +165,8 @@ def low_rank(size: Size, ids: Tensor, budget: float) -> Built:
     for entry in plan.sparse:
         path, _, attribute = entry.name.rpartition(".")
         rank = max(1, entry.kept // (entry.out_features + entry.in_features))
-        nn.utils.parametrize.register_parametrization(model.get_submodule(path), attribute, LowRank(rank))
+        with torch.autocast("cpu", enabled=False):  # what it gives is to have the weight's own dtype
+            nn.utils.parametrize.register_parametrization(model.get_submodule(path), attribute, LowRank(rank))
     return Built(model, torch.compile(model), plan.kept)
 
 

@@ -22,9 +22,17 @@ from torch.fx.node import Argument
 from torch.fx.proxy import GraphAppendingTracer
 
 from pixelfly_compiler.kernels import grouped_ops  # noqa: F401 - registers torch.ops.pixelfly
-from pixelfly_compiler.passes.forms import Step
+from pixelfly_compiler.passes.forms import Step, same
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
-from pixelfly_compiler.passes.weights import Region, SubGraphs, placeholders, set_operands, sub_graphs, value_of
+from pixelfly_compiler.passes.weights import (
+    Region,
+    SubGraphs,
+    called,
+    placeholders,
+    set_operands,
+    sub_graphs,
+    value_of,
+)
 
 PARTS = ("blocks", "u", "v", "index")
 
@@ -100,10 +108,32 @@ def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: 
         x = _traced(match.operands.enter, match.x, *given)
         put = _linear if match.matrices is None else _grouped_linear
         y = put(match, x, blocks, u, v, index, transposed)
-        y = _plus(_traced(match.operands.leave, y, *given), match.addend, match.dtype)
+        if match.operands.leave is not same:
+            y = _traced(match.operands.leave, y, *given)
+            y = graph.call_function(torch.clone, (y,), _CONTIGUOUS) if _is_viewed(node) else y
+        y = _plus(y, match.addend, match.dtype)
     y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
+
+
+_CONTIGUOUS: dict[str, Argument] = {"memory_format": torch.contiguous_format}
+# Their results have strides of their own.
+_FRESH = ("linear", "layer_norm", "matmul", "mm", "addmm", "bmm", "softmax", "reshape", "flatten", "contiguous")
+
+
+def _is_viewed(node: Node) -> bool:
+    """May something ask for a view of this contiguous result, or of what has its strides? Those of `leave` are others."""
+    value = value_of(node)
+    seen, front = {node}, [node] if value is not None and value.is_contiguous() else []
+    while front:
+        for user in front.pop().users:
+            if user.op == "call_method" and user.target in ("view", "view_as"):
+                return True
+            if user not in seen and user.op.startswith("call") and called(user) not in _FRESH:
+                seen.add(user)
+                front.append(user)
+    return False
 
 
 def _linear(

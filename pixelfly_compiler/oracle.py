@@ -25,8 +25,7 @@ def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
 
     Of an entry for a part of a weight, only that part changes.
     """
-    if tuple(weight.shape) != entry.weight_shape:
-        raise PlanMismatchError(f"has shape {tuple(weight.shape)}, {entry.weight_shape} in the plan", site=entry.name)
+    _check_shape(weight, entry)
     if basis not in BASES:
         raise PlanError(f"basis {basis!r}", site=entry.name, next_step=f"valid: {', '.join(BASES)}")
     if entry.config is None:
@@ -64,7 +63,7 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their
     own, and the lookup keeps W.
     """
-    for entry, holders, weight in _planned(model, plan):
+    for entry, holders, weight in list(_planned(model, plan)):
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
             own = nn.Parameter(projected, requires_grad=weight.requires_grad)
@@ -79,11 +78,11 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
 def rescale_(model: nn.Module, plan: Plan) -> nn.Module:
     """Scale every planned weight W of `model`, in place, so that P(W) gets the norm that W has. Returns the model.
 
-    For training from scratch with the one line. P keeps about the plan's share of a random weight's variance, and its
-    initialisation is made for all of it: without this the activations shrink from layer to layer. Not for trained
-    weights. A weight that an embedding looks up too stays as it is.
+    For a new model, once, before it is trained from scratch with the one line. P keeps about the plan's share of a
+    random weight's variance, and its initialisation is made for all of it: without this the activations shrink from
+    layer to layer. A weight that an embedding looks up too stays as it is. After an error nothing has changed.
     """
-    for entry, _, weight in _planned(model, plan):
+    for entry, _, weight in list(_planned(model, plan)):
         if entry.shared:
             continue
         whole, projected = (
@@ -101,7 +100,14 @@ def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[Entry, list[Owner],
         if entry.parameter not in held_by:
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
         holders = held_by[entry.parameter]
-        yield entry, holders, holders[0].module.get_parameter(holders[0].attribute)
+        weight = holders[0].module.get_parameter(holders[0].attribute)
+        _check_shape(weight, entry)
+        yield entry, holders, weight
+
+
+def _check_shape(weight: Tensor, entry: Entry) -> None:
+    if tuple(weight.shape) != entry.weight_shape:
+        raise PlanMismatchError(f"has shape {tuple(weight.shape)}, {entry.weight_shape} in the plan", site=entry.name)
 
 
 def _heads(holders: Sequence[Owner], entry: Entry) -> list[Owner]:

@@ -138,7 +138,7 @@ def load_weights_(model: nn.Module, state_dict: Mapping[str, Tensor], *, strict:
     with _all_or_nothing(targets):
         if targets:
             _register(targets, "scratch")
-        stored = _as_stored(model, state)
+        stored = _as_stored(model, state, strict)
         _check_fits(model, stored, strict)
         model.load_state_dict(stored, strict=strict)
         if targets:
@@ -177,6 +177,13 @@ class _Held:
         """Of its names in `state_dict`."""
         path, _, attribute = self.name.rpartition(".")
         return f"{path}.parametrizations.{attribute}.".lstrip(".")
+
+    def tied_names(self) -> list[str]:
+        """What the dense weight is called too, where `untie` took it from a table: it may be saved under that name."""
+        entry = self.parametrization.entry
+        names = (entry.name, *entry.aliases) if entry.shared else ()
+        own = next((name for name in names if f".{self.name}".endswith(f".{name}")), None)
+        return [self.name.removesuffix(own) + name for name in names if name != own] if own else []
 
     def stored(self, dense: Tensor) -> dict[str, Tensor]:
         """What `state_dict` would hold if `dense` were assigned to the weight."""
@@ -257,17 +264,27 @@ def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config:
 def _why_dense(site: Site, holders: Sequence[Owner], untie: bool) -> str | None:
     if not holders:
         return "no module of the model holds this weight"
-    if site.region is not None or site.matrices > 1:
-        return "a part of a parameter, or not of two dimensions"
-    if site.shared and untie:
-        why = None if len(heads(holders, site.modules)) == 1 else "tied, and not one module alone multiplies with it"
-    elif site.shared:
-        why = "tied to an embedding, and stays one with it; untie=True gives the matmul compact weights of its own"
-    else:
-        why = "tied: several modules share this weight, and it stays one" if len(holders) > 1 else None
-    if why is None and any(isinstance(owner.module, parametrize.ParametrizationList) for owner in holders):
+    if not _is_matrix(site):
+        return _PART
+    if site.shared:
+        alone = len(heads(holders, site.modules)) == 1
+        if not alone:
+            return "tied: what looks it up multiplies with it too, or several modules do"
+        if not untie:
+            return "tied to an embedding, and stays one with it; untie=True gives the matmul compact weights of its own"
+    elif len(holders) > 1:
+        return "tied: several modules share this weight, and it stays one"
+    if any(isinstance(owner.module, parametrize.ParametrizationList) for owner in holders):
         return "parametrized already"
-    return why
+    return None
+
+
+_PART = "a part of a parameter, or not of two dimensions: it has no factors of its own"
+
+
+def _is_matrix(site: Site | Entry) -> bool:
+    """Is this all of a parameter of two dimensions?"""
+    return site.region is None and len(site.weight_shape) == 2
 
 
 def _targets(model: nn.Module, plan: Plan, optimizer: str, untie: bool) -> list[_Target]:
@@ -280,24 +297,26 @@ def _targets(model: nn.Module, plan: Plan, optimizer: str, untie: bool) -> list[
             raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
         shape = holders[0].module.get_parameter(holders[0].attribute).shape
         _check_shape(entry.name, shape, entry.weight_shape, "in the plan")
-        if entry.config is None:
-            continue
-        if entry.region is not None or entry.matrices > 1:
-            raise CompactError(
-                "is a part of a parameter, or not of two dimensions: it has no factors of its own",
-                site=entry.name,
-                next_step="leave out `plan`, or make it with exclude=[...] of this name",
-            )
-        if entry.shared and untie:
-            holders = heads(holders, entry.heads)
-        if len(holders) != 1 or (entry.shared and not untie):
-            raise CompactError(
-                "is tied: several modules share this weight, and as factors it would not be one any more",
-                site=entry.name,
-                next_step="pass untie=True if it is an embedding's; or leave out `plan`, or exclude=[...] this name",
-            )
-        targets.append(_target(entry, holders[0], optimizer))
+        if entry.config is not None:
+            targets.append(_target(entry, _owner(entry, holders, untie), optimizer))
     return targets
+
+
+def _owner(entry: Entry, holders: Sequence[Owner], untie: bool) -> Owner:
+    """Who is to hold the factors of a weight; raises if it cannot have any."""
+    exclude = "leave out `plan`, or make it with exclude=[...] of this name"
+    if not _is_matrix(entry):
+        raise CompactError(f"is {_PART}", site=entry.name, next_step=exclude)
+    if entry.shared and len(holders) == 1:
+        raise PlanMismatchError("is tied in the plan, and not in the model", site=entry.name, next_step=REPLAN)
+    alone = heads(holders, entry.heads) if entry.shared else holders
+    if len(alone) != 1 or (entry.shared and not untie):
+        raise CompactError(
+            "is tied: several modules share this weight, and as factors it would not be one any more",
+            site=entry.name,
+            next_step=exclude if len(alone) != 1 else f"pass untie=True for factors of its own; or {exclude}",
+        )
+    return alone[0]
 
 
 def _target(entry: Entry, owner: Owner, optimizer: str) -> _Target:
@@ -450,22 +469,28 @@ def _plan_of_weights(targets: Sequence[_Target]) -> Plan:
     return Plan(entries, kept, basis="svd", training=True, notes=notes)
 
 
-def _as_stored(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _as_stored(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
     """`state` with the names of `model.state_dict()`: dense weights projected, tied ones under all their names."""
     result = dict(state)
     for held in compact_weights(model):
-        entry = held.parametrization.entry
         dense = result.pop(held.name, None)
-        if dense is None and entry.shared and f"{held.prefix}{_EXTRA_STATE}" not in result:  # the table it was tied to
-            dense = next((result[name] for name in (entry.name, *entry.aliases) if name in result), None)
+        if dense is None and strict and not any(name.startswith(held.prefix) for name in state):
+            dense = next((state[name] for name in held.tied_names() if name in state), None)
         if dense is not None:
-            _check_shape(held.name, dense.shape, entry.weight_shape, "in the model")
+            _check_shape(held.name, dense.shape, held.parametrization.entry.weight_shape, "in the model")
             result |= held.stored(dense)
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     for tied in names.values():
         present = [name for name in tied if name in result]
+        for other in present[1:]:
+            if not torch.equal(result[other], result[present[0]]):
+                raise CompactError(
+                    f"differs from {present[0]} among the weights to load, and is one weight with it in the model",
+                    site=other,
+                    next_step="untie the two in the model first, giving each a parameter of its own",
+                )
         result |= {name: result[present[0]] for name in tied if present}
     return result
 

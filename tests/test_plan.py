@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -494,6 +495,16 @@ def test_rescaled_weights_lose_no_norm_to_the_projection() -> None:
         after, earlier = (project(model.get_parameter(entry.parameter), entry), before[entry.parameter])
         parts = [matrix if entry.region is None else entry.region.view(matrix) for matrix in (after, earlier)]
         torch.testing.assert_close(parts[0].norm(), parts[1].norm())
+
+
+def test_a_plan_that_does_not_fit_rescales_nothing() -> None:
+    made, model = small_plan(Mlp(), budget=0.5), Mlp()
+    first, *others = made.entries
+    wrong = replace(made, entries=(first, *(replace(entry, weight_shape=(8, 8)) for entry in others)))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(PlanMismatchError, match="has shape"):
+        rescale_(model, wrong)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_rescaled_model_leaves_the_table_of_a_tied_head_as_it_is() -> None:

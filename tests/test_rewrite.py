@@ -370,6 +370,24 @@ def test_the_graph_is_well_formed_and_nothing_else_changed(form: str) -> None:
         check_node_safe(node)  # AOTAutograd caches no graph where this raises
 
 
+VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
+    "from the left": (lambda x, w, b: (w @ x.mT).view(-1), (48, 32)),
+    "one matrix on the left": (lambda x, w, b: (w @ x.mT).relu().view(2, -1), (1, 48, 32)),
+    "1 x 1": (lambda x, w, b: F.gelu(F.conv1d(x.mT, w, b)).view(2, -1), (48, 32, 1)),
+    "1 x 1, transposed": (lambda x, w, b: F.conv_transpose1d(x.mT, w, b).view(2, -1), (32, 48, 1)),
+    "after another matmul": (lambda x, w, b: F.layer_norm((w @ x.mT).mT, (48,)).view(-1), (48, 32)),
+}
+
+
+@pytest.mark.parametrize("form", VIEWED)
+def test_a_result_that_is_viewed_has_the_strides_for_it(form: str) -> None:
+    function, shape = VIEWED[form]
+    model = OneWeight(function, *shape)
+    result = rewritten(model, X)
+    assert result.count() == 1 and result.y.shape == model(X).shape
+    assert result.count("clone") == (form != "after another matmul")
+
+
 @pytest.mark.parametrize("model", [nn.Conv2d(32, 48, 2, 2), nn.ConvTranspose2d(32, 48, 2, 2)])
 def test_patches_can_be_cached(model: nn.Module) -> None:
     result = rewritten(model, torch.randn(2, 32, 4, 6))

@@ -239,9 +239,52 @@ def test_a_table_that_multiplies_by_itself_cannot_be_untied() -> None:
     model, ids = Own(), torch.arange(WIDTH)
     compact(model, ids, untie=True)
     assert list(pf.factors(model)) == ["body.weight"]
-    assert "not one module alone" in str(pf.plan_of(model)["emb.weight"].reason)
-    with pytest.raises(CompactError, match=r"(?s)emb\.weight: is tied.*untie=True"):
+    assert "looks it up multiplies with it too" in str(pf.plan_of(model)["emb.weight"].reason)
+    with pytest.raises(PlanMismatchError, match=r"emb\.weight: is tied in the plan"):
         pf.sparsify_(Own(), plan=pf.plan(Own(), ids, **OPTIONS), untie=True)
+
+
+def test_a_table_and_a_head_that_differ_do_not_fit_a_tied_model() -> None:
+    ids = torch.arange(WIDTH)
+    state = pf.densify_(compact(Tied(), ids, untie=True)).state_dict()
+    model = Tied()
+    before = state_of(model)
+    with pytest.raises(CompactError, match=r"head\.weight: differs from emb\.weight"):
+        pf.load_weights_(model, state)
+    assert_unchanged(model, before)
+
+
+def test_a_part_of_an_untied_head_is_not_made_up_from_the_table() -> None:
+    model, ids = compact(Tied(), torch.arange(WIDTH), untie=True), torch.arange(WIDTH)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("_extra_state")}
+    with pytest.raises(CompactError, match="missing"):
+        pf.load_weights_(model, state)
+    before = model(ids) - model.emb.weight.sum()
+    pf.load_weights_(model, {"emb.weight": model.emb.weight.detach().clone()}, strict=False)
+    assert torch.equal(model(ids) - model.emb.weight.sum(), before)
+
+
+def test_an_untied_head_of_a_part_of_another_model_is_loaded() -> None:
+    ids, whole = torch.arange(WIDTH), nn.ModuleDict({"backbone": compact(Tied(), torch.arange(WIDTH), untie=True)})
+    dense = Tied()
+    pf.load_weights_(whole, {f"backbone.{name}": t for name, t in dense.state_dict().items() if name != "head.weight"})
+    pf.project_(dense, pf.plan_of(whole), basis="svd")
+    torch.testing.assert_close(whole["backbone"](ids), dense(ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_weight_with_a_dimension_ahead_stays_dense(left: bool) -> None:
+    class Ahead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.body = nn.Parameter(torch.randn(1, WIDTH, WIDTH)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.w @ x if left else x @ self.w
+
+    model = compact(Ahead(), torch.randn(3, WIDTH, WIDTH))
+    assert list(pf.factors(model)) == ["body.weight"]
 
 
 def test_a_module_of_two_names_is_one_owner() -> None:
