@@ -123,7 +123,7 @@ _FRESH = ("linear", "layer_norm", "matmul", "mm", "addmm", "bmm", "softmax", "re
 
 
 def _is_viewed(node: Node) -> bool:
-    """May something ask for a view of this contiguous result, or of what has its strides? Those of `leave` are others."""
+    """May something ask for a view of this contiguous result, or of what has its strides? `leave` gives others."""
     value = value_of(node)
     seen, front = {node}, [node] if value is not None and value.is_contiguous() else []
     while front:
