@@ -141,8 +141,13 @@ def _batched(left: Any, right: Any, operand: Node) -> Operands | None:
         return None
     few = len(shape) == 2 or (isinstance(shape[-3], int) and shape[-3] == 1)
     if groups == 1 and not few:  # one for all of x
-        of_weight = same if turn else transpose
-        return Operands(x, operand, None, None, of_weight, partial(_ahead, turn=turn), partial(_not_ahead, turn=turn))
+        return Operands(
+            x,
+            operand,
+            matrix=same if turn else transpose,
+            enter=partial(_ahead, turn=turn),
+            leave=partial(_not_ahead, turn=turn),
+        )
     if not few and shape[-3] != groups:
         return None
     return Operands(

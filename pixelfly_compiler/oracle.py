@@ -7,17 +7,17 @@ new model for being trained so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pixelfly_compiler.config import BASES
-from pixelfly_compiler.decision import REPLAN, Entry, Plan
-from pixelfly_compiler.errors import PlanError, PlanMismatchError
+from pixelfly_compiler.decision import Entry, Plan
+from pixelfly_compiler.errors import PlanError
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.support import Support
-from pixelfly_compiler.owners import Owner, heads, owners
+from pixelfly_compiler.owners import Owner, check_shape, heads, planned
 
 
 def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
@@ -25,7 +25,7 @@ def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
 
     Of an entry for a part of a weight, only that part changes.
     """
-    _check_shape(weight, entry)
+    check_shape(entry.name, weight.shape, entry.weight_shape, "in the plan")
     if basis not in BASES:
         raise PlanError(f"basis {basis!r}", site=entry.name, next_step=f"valid: {', '.join(BASES)}")
     if entry.config is None:
@@ -63,7 +63,8 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     A weight that an embedding looks up too is untied: the modules that multiply with it get P(W) as a weight of their
     own, and the lookup keeps W.
     """
-    for entry, holders, weight in list(_planned(model, plan)):
+    for entry, holders in planned(_unwrapped(model), plan.sparse):
+        weight = holders[0].weight
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
             own = nn.Parameter(projected, requires_grad=weight.requires_grad)
@@ -82,9 +83,10 @@ def rescale_(model: nn.Module, plan: Plan) -> nn.Module:
     random weight's variance, and its initialisation is made for all of it: without this the activations shrink from
     layer to layer. A weight that an embedding looks up too stays as it is. After an error nothing has changed.
     """
-    for entry, _, weight in list(_planned(model, plan)):
+    for entry, holders in planned(_unwrapped(model), plan.sparse):
         if entry.shared:
             continue
+        weight = holders[0].weight
         whole, projected = (
             matrix if entry.region is None else entry.region.view(matrix) for matrix in (weight, project(weight, entry))
         )
@@ -93,21 +95,9 @@ def rescale_(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
-def _planned(model: nn.Module, plan: Plan) -> Iterator[tuple[Entry, list[Owner], nn.Parameter]]:
-    """Each sparse entry, who holds its weight, and the weight."""
-    held_by = owners(getattr(model, "_orig_mod", model))
-    for entry in plan.sparse:
-        if entry.parameter not in held_by:
-            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        holders = held_by[entry.parameter]
-        weight = holders[0].module.get_parameter(holders[0].attribute)
-        _check_shape(weight, entry)
-        yield entry, holders, weight
-
-
-def _check_shape(weight: Tensor, entry: Entry) -> None:
-    if tuple(weight.shape) != entry.weight_shape:
-        raise PlanMismatchError(f"has shape {tuple(weight.shape)}, {entry.weight_shape} in the plan", site=entry.name)
+def _unwrapped(model: nn.Module) -> nn.Module:
+    inside: nn.Module = getattr(model, "_orig_mod", model)
+    return inside
 
 
 def _heads(holders: Sequence[Owner], entry: Entry) -> list[Owner]:

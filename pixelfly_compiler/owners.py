@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from pixelfly_compiler.decision import REPLAN, Entry
+from pixelfly_compiler.errors import PlanMismatchError
 from pixelfly_compiler.passes.weights import own_name
 
 
@@ -17,6 +19,10 @@ class Owner:
     path: str
     module: nn.Module
     attribute: str
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.module.get_parameter(self.attribute)
 
 
 def owners(model: nn.Module) -> dict[str, list[Owner]]:
@@ -32,6 +38,25 @@ def owners(model: nn.Module) -> dict[str, list[Owner]]:
         name: [own, *(other for place, other in holders[key].items() if place != (id(own.module), own.attribute))]
         for name, (key, own) in named.items()
     }
+
+
+def planned(model: nn.Module, entries: Iterable[Entry]) -> list[tuple[Entry, list[Owner]]]:
+    """Each entry, and who holds its weight; raises if this is not the model of the plan."""
+    held_by = owners(model)
+    found = []
+    for entry in entries:
+        holders = held_by.get(entry.parameter)
+        if holders is None:
+            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
+        check_shape(entry.name, holders[0].weight.shape, entry.weight_shape, "in the plan")
+        found.append((entry, holders))
+    return found
+
+
+def check_shape(name: str, shape: Sequence[int], expected: Sequence[int], where: str) -> None:
+    """Raise unless the weight of this name has the shape that it has elsewhere."""
+    if tuple(shape) != tuple(expected):
+        raise PlanMismatchError(f"has shape {tuple(shape)}, {tuple(expected)} {where}", site=name, next_step=REPLAN)
 
 
 def heads(holders: Sequence[Owner], modules: Collection[str]) -> list[Owner]:

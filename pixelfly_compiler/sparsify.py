@@ -25,7 +25,7 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
-from pixelfly_compiler.owners import Owner, heads, owners
+from pixelfly_compiler.owners import Owner, check_shape, heads, owners, planned
 from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
 from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.passes.weights import own_name
@@ -267,8 +267,7 @@ def _why_dense(site: Site, holders: Sequence[Owner], untie: bool) -> str | None:
     if not _is_matrix(site):
         return _PART
     if site.shared:
-        alone = len(heads(holders, site.modules)) == 1
-        if not alone:
+        if len(heads(holders, site.modules)) != 1:
             return "tied: what looks it up multiplies with it too, or several modules do"
         if not untie:
             return "tied to an embedding, and stays one with it; untie=True gives the matmul compact weights of its own"
@@ -289,17 +288,11 @@ def _is_matrix(site: Site | Entry) -> bool:
 
 def _targets(model: nn.Module, plan: Plan, optimizer: str, untie: bool) -> list[_Target]:
     """The planned weights, found in the model; raises if this is not the model of the plan."""
-    held_by = owners(model)
-    targets = []
-    for entry in plan.entries:
-        holders = held_by.get(entry.parameter)
-        if holders is None:
-            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
-        shape = holders[0].module.get_parameter(holders[0].attribute).shape
-        _check_shape(entry.name, shape, entry.weight_shape, "in the plan")
-        if entry.config is not None:
-            targets.append(_target(entry, _owner(entry, holders, untie), optimizer))
-    return targets
+    return [
+        _target(entry, _owner(entry, holders, untie), optimizer)
+        for entry, holders in planned(model, plan.entries)
+        if entry.config is not None
+    ]
 
 
 def _owner(entry: Entry, holders: Sequence[Owner], untie: bool) -> Owner:
@@ -307,12 +300,12 @@ def _owner(entry: Entry, holders: Sequence[Owner], untie: bool) -> Owner:
     exclude = "leave out `plan`, or make it with exclude=[...] of this name"
     if not _is_matrix(entry):
         raise CompactError(f"is {_PART}", site=entry.name, next_step=exclude)
-    if entry.shared and len(holders) == 1:
+    if entry.shared and entry.aliases and len(holders) == 1:
         raise PlanMismatchError("is tied in the plan, and not in the model", site=entry.name, next_step=REPLAN)
     alone = heads(holders, entry.heads) if entry.shared else holders
     if len(alone) != 1 or (entry.shared and not untie):
         raise CompactError(
-            "is tied: several modules share this weight, and as factors it would not be one any more",
+            "is tied: what else uses this weight would not share it any more, if it were factors",
             site=entry.name,
             next_step=exclude if len(alone) != 1 else f"pass untie=True for factors of its own; or {exclude}",
         )
@@ -320,9 +313,8 @@ def _owner(entry: Entry, holders: Sequence[Owner], untie: bool) -> Owner:
 
 
 def _target(entry: Entry, owner: Owner, optimizer: str) -> _Target:
-    weight = owner.module.get_parameter(owner.attribute)
-    new = CompactWeight.of(entry, optimizer, weight.device, tuple(owner.module._parameters))
-    return _Target(entry, owner.module, owner.attribute, weight, new)
+    new = CompactWeight.of(entry, optimizer, owner.weight.device, tuple(owner.module._parameters))
+    return _Target(entry, owner.module, owner.attribute, owner.weight, new)
 
 
 def _check_optimizers(weights: Sequence[nn.Parameter]) -> None:
@@ -444,9 +436,9 @@ def _targets_of_state(model: nn.Module, state: Mapping[str, Tensor]) -> list[_Ta
                 next_step="load it into the same architecture",
             )
         owner = held_by[name][0]
-        weight = owner.module.get_parameter(owner.attribute)
+        weight = owner.weight
         new = CompactWeight.from_extra_state(state[key], weight.device, tuple(owner.module._parameters))
-        _check_shape(name, weight.shape, new.entry.weight_shape, "among the weights to load")
+        check_shape(name, weight.shape, new.entry.weight_shape, "among the weights to load")
         targets.append(_Target(new.entry, owner.module, owner.attribute, weight, new))
     if targets:
         if held:
@@ -477,7 +469,7 @@ def _as_stored(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> d
         if dense is None and strict and not any(name.startswith(held.prefix) for name in state):
             dense = next((state[name] for name in held.tied_names() if name in state), None)
         if dense is not None:
-            _check_shape(held.name, dense.shape, held.parametrization.entry.weight_shape, "in the model")
+            check_shape(held.name, dense.shape, held.parametrization.entry.weight_shape, "in the model")
             result |= held.stored(dense)
     names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -509,12 +501,7 @@ def _check_fits(model: nn.Module, state: Mapping[str, Tensor], strict: bool) -> 
             held.parametrization.scales_in(state[f"{held.prefix}{_EXTRA_STATE}"])
     for name in expected.keys() & state.keys():
         if not name.endswith("_extra_state"):
-            _check_shape(name, state[name].shape, expected[name].shape, "in the model")
-
-
-def _check_shape(name: str, shape: Sequence[int], expected: Sequence[int], where: str) -> None:
-    if tuple(shape) != tuple(expected):
-        raise PlanMismatchError(f"has shape {tuple(shape)}, {tuple(expected)} {where}", site=name, next_step=REPLAN)
+            check_shape(name, state[name].shape, expected[name].shape, "in the model")
 
 
 def _weight_name(key: str) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -50,3 +52,38 @@ def test_never_slower(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert [(row["rows"], row["own"]) for row in rows] == [(2, True), (40, True)]
     assert all(row["error"] < 1e-5 and row["speedup"] > 0 and row["predicted"] > 0 for row in rows)
     assert "the 20 worst" in capsys.readouterr().out
+
+
+def test_what_is_written_of_quality_is_of_all_runs_at_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quality = importlib.import_module("quality")
+    losses = {("dense", 1e-3, 0): 2.0, ("dense", 2e-3, 0): 1.0, ("dense", 2e-3, 1): 3.0, ("compact 0.25", 1e-3, 1): 4.0}
+    runs = {
+        quality.Run(name, rate, seed, steps, size): {
+            "contender": name,
+            "rate": rate,
+            "seed": seed,
+            "curve": [{"loss": loss}],
+        }
+        for (name, rate, seed), loss in losses.items()
+        for size, steps in (("tiny", 4), ("short", 4))
+    }
+    results = quality.Results(BENCHMARKS / "none", record=False)
+    results.rows |= runs
+    groups = quality.at_their_best(results, "tiny", 4)
+    assert {name: [(row["rate"], row["seed"]) for row in rows] for name, rows in groups.items()} == {
+        "dense": [(2e-3, 0), (2e-3, 1)],
+        "compact 0.25": [(1e-3, 1)],
+    }
+
+
+def test_low_rank_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    quality = importlib.import_module("quality")
+    monkeypatch.setattr(quality, "dtypes_here", lambda: ["fp32", "bf16"])
+    size = replace(quality.SIZES["tiny"], dtype="bf16")
+    ids = torch.randint(256, (size.batch, size.sequence))
+    weight = quality.build("low rank 0.25", size, ids, seed=0).model.lm_head.weight
+    assert weight.dtype == torch.float32 and torch.linalg.matrix_rank(weight) < min(weight.shape)
