@@ -375,16 +375,16 @@ def plot(path: Path, groups: Groups, times: Mapping[str, float]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), sharey=True)
-    for name, rows in groups.items():
+    for place, (name, rows) in enumerate(groups.items()):
         points = list(zip(*(row["curve"] for row in rows), strict=True))
         loss = [statistics.mean(point["loss"] for point in same) for same in points]
         steps = [same[0]["step"] for same in points]
         for axis, unit in zip(axes, (1, rows[0]["flops"], times.get(name, math.nan)), strict=True):
-            axis.plot([step * unit for step in steps], loss, label=name)
+            axis.plot([step * unit for step in steps], loss, "-" if place < 10 else "--", label=name)  # of ten colours
     for axis, label in zip(axes, ("steps", "flops of weight matmuls", "seconds"), strict=True):
         axis.set_xlabel(label)
     axes[0].set_ylabel("validation loss (nats per byte)")
-    axes[0].legend()
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
