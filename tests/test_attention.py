@@ -56,7 +56,7 @@ def test_opcheck_and_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("queries", "keys", "features"), [(70, 131, 32), (130, 67, 80)])
+@pytest.mark.parametrize(("queries", "keys", "features"), [(70, 171, 32), (130, 67, 80)])
 def test_the_kernels(dtype: torch.dtype, queries: int, keys: int, features: int) -> None:
     args, (g, *_) = operands(queries, keys, features, dtype), operands(queries, keys, features, dtype)
     variants = [*((mask, False) for mask in masks(queries, keys)), (None, True)]
