@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -38,15 +39,23 @@ class _Problem(ctypes.Structure):
 @lru_cache(maxsize=16)
 def _library(dense: torch.dtype, part: torch.dtype) -> Any | None:
     """The compiled functions `project` and `adjoint`; None where this machine cannot compile them."""
-    from torch._inductor.codecache import CppCodeCache  # heavy to import, and only needed here
-
-    source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
-    code = jinja2.Template(source).render(dense=_C_TYPES[dense], part=_C_TYPES[part])
     try:
-        return CppCodeCache.load(code)
+        return _compiling(dense, part)()
     except Exception as cause:  # a missing or failing compiler: any error is one
         log.warning("pixelfly: the projection runs without its C++ kernel, more slowly: %s", cause)
         return None
+
+
+@lru_cache(maxsize=16)
+def _compiling(dense: torch.dtype, part: torch.dtype) -> Callable[[], Any]:
+    """Begin to compile the library, beside what Inductor compiles; the result waits for it."""
+    from torch._inductor.async_compile import AsyncCompile  # heavy to import, and only needed here
+    from torch._inductor.codecache import CppCodeCache
+
+    source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
+    code = jinja2.Template(source).render(dense=_C_TYPES[dense], part=_C_TYPES[part])
+    result: Callable[[], Any] = CppCodeCache.load_async(code, submit_fn=AsyncCompile.submit)
+    return result
 
 
 @dataclass(frozen=True)
@@ -109,12 +118,21 @@ class Projector:
             return
         gradient.copy_(projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, *self._index))
 
+    def prepare(self, weight: Tensor, part: torch.dtype) -> None:
+        """Begin to compile what will project this weight, if that is C++."""
+        if self._is_native(weight, part):
+            try:
+                _compiling(weight.dtype, part)
+            except Exception:  # `_library` meets it again, and says so
+                log.debug("pixelfly: the projection's C++ kernel does not compile", exc_info=True)
+
     def _native(self, weight: Tensor, part: torch.dtype) -> Any | None:
+        return _library(weight.dtype, part) if self._is_native(weight, part) else None
+
+    def _is_native(self, weight: Tensor, part: torch.dtype) -> bool:
         rank = self.v.shape[1]
         fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride() and weight.device.type == "cpu"
-        if not fits or rank == 0 or rank % 16 or self.support.block % 16:
-            return None
-        return _library(weight.dtype, part)
+        return fits and rank > 0 and rank % 16 == 0 and self.support.block % 16 == 0
 
     def _run(self, function: Any, dense: Tensor, blocks: Tensor, u: Tensor) -> None:
         index = support_index(self.support, dense.device)

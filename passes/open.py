@@ -1,4 +1,5 @@
-"""Open operations that hide matmuls with weights: attention and whole encoder layers that Dynamo keeps as one node.
+"""Open operations that hide matmuls with weights, and that Dynamo keeps as one node: attention, encoder layers, the
+cells of recurrent networks, products of many factors.
 
     def forward(self, x, w_in, b_in, w_out, b_out):             def forward(self, x, w_in, b_in, w_out, b_out):
         y, _ = F.multi_head_attention_forward(                      qkv = aten.linear(x, w_in, b_in)
@@ -14,7 +15,7 @@ Inductor, which opens them too, then generates the same code for what stays dens
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,6 +43,8 @@ def open_composites(gm: GraphModule) -> GraphModule:
 
 
 def _code_of(node: Node) -> Code | None:
+    if is_call(node, (torch.einsum,)):  # of two operands it is a pattern in `forms`
+        return None if isinstance(node.args[0], str) and len(node.all_input_nodes) < 3 else torch.einsum
     return next((code for composite, code in _COMPOSITES.items() if is_call(node, (composite,))), None)
 
 
@@ -53,10 +56,16 @@ def _open(module: GraphModule, node: Node, function: Code) -> None:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), of.__getitem__)
         return function(*args, **kwargs)
 
-    put_code(module, node, run, inputs)
+    put_code(module, node, run, inputs, {operation: operation.decompose for operation in _OF_MATMULS})
 
 
-def put_code(module: GraphModule, node: Node, code: Code, inputs: Sequence[Node]) -> None:
+def put_code(
+    module: GraphModule,
+    node: Node,
+    code: Code,
+    inputs: Sequence[Node],
+    decompositions: Mapping[Any, Code] | None = None,
+) -> None:
     """Put what `code` does with the values of `inputs` in place of `node`; nothing if that cannot be traced."""
     from torch.fx.experimental.proxy_tensor import make_fx  # heavy to import, and only needed here
 
@@ -64,7 +73,7 @@ def put_code(module: GraphModule, node: Node, code: Code, inputs: Sequence[Node]
     if any(isinstance(value, Tensor) and value.is_nested for value in values):
         return
     with torch.no_grad(), _autocast_of(node), _fake_mode_of(values):
-        traced = make_fx(code, pre_dispatch=True)(*values)
+        traced = make_fx(code, dict(decompositions or {}), pre_dispatch=True)(*values)
     traced.graph.eliminate_dead_code()
     if any(original.op == "get_attr" for original in traced.graph.nodes):
         return  # a constant made on the way: nobody's module would hold it
@@ -181,8 +190,24 @@ def _encoder_layer(
     return norm(x + feed(x), norm_w2, norm_b2)
 
 
+def _bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[..., o] = x1[..., i] weight[o, i, j] x2[..., j] + bias[o]: a matmul with x2, and a sum over what x1 weighs."""
+    products = F.linear(x2, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+    y = (products * x1.unsqueeze(-2)).sum(-1)
+    return y if bias is None else y + bias
+
+
+_CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 _COMPOSITES: dict[Any, Code] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._native_multi_head_attention: _native_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
+    F.bilinear: _bilinear,
+    **{cell: cell for cell in _CELLS},
+    torch.linalg.multi_dot: torch.linalg.multi_dot,
 }
+# What these are made of in C++ has no code in Python to trace.
+_OF_MATMULS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in (*(cell.__name__ for cell in _CELLS), "einsum", "linalg_multi_dot")
+)

@@ -83,7 +83,9 @@ def pixelfly(
     _mark_lasting(gm, rewritten, training=any(weight.requires_grad for weight in planned.values()))
     _trace(plan)
     announcer.sparse(plan, found, planned, origin.whole)
-    inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(compact(tuple(example_inputs)))]
+    compact.prepare(tuple(example_inputs))
+    examples = compact.examples(tuple(example_inputs))
+    inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(examples)]
     compiled = inductor(gm, inputs, patches)
 
     def run(*args: Any) -> Any:

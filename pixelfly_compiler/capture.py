@@ -85,8 +85,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
-    limits = {"recompile_limit": 1_000_000, "accumulated_recompile_limit": 1_000_000}
-    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(limits), _forgotten_shapes():
+    settings = {
+        "recompile_limit": 1_000_000,
+        "accumulated_recompile_limit": 1_000_000,
+        # A graph for each size that comes by: code for any size would know the flops of one of them.
+        "automatic_dynamic_shapes": False,
+    }
+    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(settings), _forgotten_shapes():
         try:
             yield
         finally:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.passes.weights import Region
+
+MOST_SAMPLES = 16  # elements of a weight that are looked at in each call
 
 
 @lru_cache(maxsize=512)
@@ -68,16 +72,16 @@ class _Entry:
     version: int | None
     data_ptr: int
     sample: Tensor
-    values: list[Any]
+    values: list[int]
     compact: Compact
 
+    def is_of(self, weight: Tensor) -> bool:
+        """Is the weight where it was, and written to by nothing that leaves a trace?"""
+        return self.version is not None and self.version == weight._version and self.data_ptr == weight.data_ptr()
+
     def is_valid(self, weight: Tensor) -> bool:
-        return (
-            self.version is not None
-            and self.version == weight._version
-            and self.data_ptr == weight.data_ptr()
-            and self.sample.tolist() == self.values
-        )
+        """`is_of`, and what else the sample tells; not on a GPU, for which there is `drop_changed`."""
+        return self.is_of(weight) and (not self.sample.is_cpu or self.sample.tolist() == self.values)
 
 
 class CompactWeights:
@@ -100,6 +104,15 @@ class CompactWeights:
             entry = entries[form.name] = _entry(weight, form)
         return entry.compact
 
+    def drop_changed(self, weights: Iterable[Tensor]) -> None:
+        """Forget the forms of weights that were written to without a trace, with one read for all of them: whenever a
+        GPU is read from, the process waits until it idles.
+        """
+        known = [(weight, name, e) for weight in weights for name, e in self._of(weight).items() if e.is_of(weight)]
+        for (weight, name, entry), values in zip(known, _read(e.sample for *_, e in known), strict=True):
+            if values != entry.values:
+                del self._of(weight)[name]
+
     def _of(self, weight: Tensor) -> dict[str, _Entry]:
         key = id(weight)
         known = self._entries.get(key)
@@ -111,6 +124,14 @@ class CompactWeights:
 
             known = self._entries[key] = (weakref.ref(weight, forget), {})
         return known[1]
+
+
+def _read(samples: Iterable[Tensor]) -> list[list[int]]:
+    """The elements of the samples, by one read for each device."""
+    samples = list(samples)
+    by_device = {device: [s for s in samples if s.device == device] for device in {s.device for s in samples}}
+    elements = {device: iter(torch.cat(there).tolist()) for device, there in by_device.items()}
+    return [list(islice(elements[sample.device], len(sample))) for sample in samples]
 
 
 def _entry(weight: Tensor, form: Form) -> _Entry:
@@ -132,13 +153,15 @@ def _is_gathered(weight: Tensor) -> bool:
 
 
 def _sample(matrix: Tensor) -> Tensor:
-    """A few elements, as integers, in the weight's own memory. What is written to `weight.data` leaves no trace in the
-    version, and some optimizers write there: but then hardly any element stays as it is.
+    """A few elements (k,) along the diagonal, as integers, in the weight's own memory. What is written to `weight.data`
+    leaves no trace in the version, and some optimizers write there: but then hardly any element stays as it is.
 
     To be read without numpy, after which FSDP could not free the weight's storage.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    return matrix[tuple(slice(None, None, max(size // 3, 1)) for size in matrix.shape)].view(integer)
+    count = min(*matrix.shape, MOST_SAMPLES)
+    step = sum(size // count * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
+    return matrix.as_strided((count,), (step,)).view(integer)
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:
@@ -191,10 +214,14 @@ class CompactInputs:
         self.forms = list(dict.fromkeys(forms))
         self.parts = [(self.forms.index(form), PARTS.index(key.part)) for form, key in zip(forms, added, strict=True)]
         self.indices: list[Tensor] = []
+        self.elsewhere: list[int] = []  # positions of the weights that are not on the CPU
 
     def __call__(self, args: tuple[Any, ...]) -> list[Tensor]:
         if not self.indices:
             self.indices = [self._index(args, form) for form in self.forms]
+            self.elsewhere = sorted({form.weight for form in self.forms if not args[form.weight].is_cpu})
+        if self.elsewhere:
+            self.weights.drop_changed(args[position] for position in self.elsewhere)
         training = torch.is_grad_enabled()
         parts = [self._parts(args[form.weight], form, training) for form in self.forms]
         made = [(*three, index) for three, index in zip(parts, self.indices, strict=True)]
@@ -202,7 +229,15 @@ class CompactInputs:
 
     def examples(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Uninitialised tensors like those of a call, where only shapes matter: no weight is projected."""
-        return [self._example(args[self.forms[i].weight], self.forms[i], PARTS[part]) for i, part in self.parts]
+        with torch.inference_mode(False):
+            return [self._example(args[self.forms[i].weight], self.forms[i], PARTS[part]) for i, part in self.parts]
+
+    def prepare(self, args: tuple[Any, ...]) -> None:
+        """Begin to compile what a call will need."""
+        for form in self.forms:
+            if form.basis == "fixed":
+                dense = _oriented(_matrix(args[form.weight].detach(), form), form)
+                _projector(dense, form.config).prepare(dense, form.dtype)
 
     def _example(self, weight: Tensor, form: Form, part: str) -> Tensor:
         dense = _oriented(_matrix(weight.detach(), form), form)

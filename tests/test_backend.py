@@ -312,6 +312,22 @@ def test_weights_are_projected_once_per_version(monkeypatch: pytest.MonkeyPatch)
     assert len(made) == 9
 
 
+def test_what_was_written_without_a_trace_is_forgotten_after_one_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is done for weights on a GPU, where each read costs a wait."""
+    reads: list[int] = []
+    original = Tensor.tolist
+    model, x = Mlp(), some_x()
+    run = compiled(model)
+    weights = [weight for weight in model.parameters() if weight.dim() == 2]
+    with torch.no_grad():
+        run(x)
+    monkeypatch.setattr(Tensor, "tolist", lambda self: reads.append(len(self)) or original(self))
+    weights[2].data.mul_(-1)
+    backend._weights.drop_changed(weights)
+    assert reads == [4 * compact.MOST_SAMPLES]
+    assert [len(backend._weights._of(weight)) for weight in weights] == [1, 1, 0, 1]
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inference_first_then_training(context: Any) -> None:
     model, x = Mlp(), some_x()

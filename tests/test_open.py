@@ -117,3 +117,61 @@ def test_under_autocast_the_sites_have_its_type() -> None:
     found, result = opened(model, X, X)
     assert {site.dtype for site in found.sites} == {"bfloat16"}
     torch.testing.assert_close(result[0], model(X, X)[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_cells_of_recurrent_networks_have_two_sites(cell: Any) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = cell(32, 48)
+
+        def forward(self, x: Tensor) -> Any:
+            state = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return state
+
+    model = Recurrent()
+    found, result = opened(model, X)
+    torch.testing.assert_close(result, model(X))
+    sites = {site.name: (site.out_features, site.in_features, site.rows, site.reason) for site in found.sites}
+    gates = model.cell.weight_ih.shape[0]
+    assert sites == {"cell.weight_ih": (gates, 32, 10, None), "cell.weight_hh": (gates, 48, 10, None)}
+
+
+def test_a_bilinear_layer_has_one_site() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = nn.Bilinear(32, 48, 5)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.pair(x, y)
+
+    model, other = Pair(), torch.randn(2, 5, 48)
+    found, result = opened(model, X, other)
+    torch.testing.assert_close(result, model(X, other))
+    (site,) = found.sites
+    assert (site.out_features, site.in_features, site.rows, site.reason) == (5 * 32, 48, 10, None)
+
+
+@pytest.mark.parametrize("form", ["letters", "sublists", "multi_dot"])
+def test_products_of_three_factors_have_two_sites(form: str) -> None:
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(size) / 8) for size in ((32, 64), (64, 128)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(0, 1)
+            if form == "multi_dot":
+                return torch.linalg.multi_dot([x, self.a, self.b])
+            if form == "letters":
+                return torch.einsum("ni,ij,jk->nk", x, self.a, self.b)
+            return torch.einsum(x, [0, 1], self.a, [1, 2], self.b, [2, 3], [0, 3])
+
+    model = Factors()
+    found, result = opened(model, X)
+    torch.testing.assert_close(result, model(X))
+    assert [(site.name, site.rows, site.reason) for site in found.sites] == [("a", 10, None), ("b", 10, None)]

@@ -59,10 +59,15 @@ def test_without_a_compiler_the_plain_version_runs(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr(CppCodeCache, "load", broken)
-    projection_cpu._library.cache_clear()
-    projector = Projector.of(flat_butterfly(64, 96, 16, 1), 16, CPU)
-    blocks, u = projector.project(torch.randn(64, 96), torch.float32)
+    def forget() -> None:
+        projection_cpu._library.cache_clear()
+        projection_cpu._compiling.cache_clear()
+
+    monkeypatch.setattr(CppCodeCache, "load_async", broken)
+    forget()
+    projector, weight = Projector.of(flat_butterfly(64, 96, 16, 1), 16, CPU), torch.randn(64, 96)
+    projector.prepare(weight, torch.float32)
+    blocks, u = projector.project(weight, torch.float32)
     assert blocks.isfinite().all() and u.isfinite().all()
     assert "no compiler here" in caplog.text
-    projection_cpu._library.cache_clear()
+    forget()

@@ -126,6 +126,31 @@ def test_experts_in_a_loop_that_dynamo_leaves_to_python_are_listed_with_a_reason
         assert "in no graph" in str(made[f"model.layers.0.mlp.experts.{name}"].reason)
 
 
+@pytest.mark.usefixtures("_references")
+@pytest.mark.parametrize("family", ["GPT-2", "Llama", "Mixtral"])
+def test_generate_with_a_static_cache(family: str) -> None:
+    """The oracle's logits, by as many graphs as without us; what is decided for the prompt holds for one row too."""
+
+    def generate(model: Any, backend: Any = None, **options: Any) -> tuple[Tensor, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        if backend is not None:
+            model.forward = torch.compile(type(model).forward.__get__(model), backend=backend, **options)
+        how = {"do_sample": False, "max_new_tokens": 6, "use_cache": True, "cache_implementation": "static"}
+        result = model.generate(inputs["input_ids"], return_dict_in_generate=True, output_logits=True, **how)
+        return torch.stack(result.logits), counters["stats"]["unique_graphs"]
+
+    model, inputs = ZOO[family][0](2)
+    model.eval()
+    made = plan(model, (), inputs, **OPTIONS)
+    expected, _ = generate(project_(copy.deepcopy(model), made))
+    dense, graphs = generate(model, "aot_eager")
+    ours, our_graphs = generate(model, "pixelfly", options={"plan": made})
+    torch.testing.assert_close(ours, expected)
+    assert not torch.allclose(ours, dense, rtol=1e-2)
+    assert our_graphs == graphs > 0
+
+
 # ---- the same through the kernels ----
 
 
