@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -54,7 +55,12 @@ def _compiling(dense: torch.dtype, part: torch.dtype) -> Callable[[], Any]:
 
     source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
     code = jinja2.Template(source).render(dense=_C_TYPES[dense], part=_C_TYPES[part])
-    result: Callable[[], Any] = CppCodeCache.load_async(code, submit_fn=AsyncCompile.submit)
+    try:
+        result: Callable[[], Any] = CppCodeCache.load_async(code, submit_fn=AsyncCompile.submit)
+    except Exception as cause:
+        failed: Future[Any] = Future()
+        failed.set_exception(cause)
+        return failed.result
     return result
 
 
@@ -121,10 +127,7 @@ class Projector:
     def prepare(self, weight: Tensor, part: torch.dtype) -> None:
         """Begin to compile what will project this weight, if that is C++."""
         if self._is_native(weight, part):
-            try:
-                _compiling(weight.dtype, part)
-            except Exception:  # `_library` meets it again, and says so
-                log.debug("pixelfly: the projection's C++ kernel does not compile", exc_info=True)
+            _compiling(weight.dtype, part)
 
     def _native(self, weight: Tensor, part: torch.dtype) -> Any | None:
         return _library(weight.dtype, part) if self._is_native(weight, part) else None

@@ -14,6 +14,7 @@ Inductor, which opens them too, then generates the same code for what stays dens
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.weights import is_call
+
+log = logging.getLogger("pixelfly_compiler")
 
 Code = Callable[..., Any]
 
@@ -43,8 +46,9 @@ def open_composites(gm: GraphModule) -> GraphModule:
 
 
 def _code_of(node: Node) -> Code | None:
-    if is_call(node, (torch.einsum,)):  # of two operands it is a pattern in `forms`
-        return None if isinstance(node.args[0], str) and len(node.all_input_nodes) < 3 else torch.einsum
+    if is_call(node, (torch.einsum,)) and isinstance(node.args[0], str):
+        operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+        return None if len(operands) < 3 else torch.einsum  # of two it is a pattern in `forms`
     return next((code for composite, code in _COMPOSITES.items() if is_call(node, (composite,))), None)
 
 
@@ -72,8 +76,12 @@ def put_code(
     values = [source.meta["example_value"] for source in inputs]
     if any(isinstance(value, Tensor) and value.is_nested for value in values):
         return
-    with torch.no_grad(), _autocast_of(node), _fake_mode_of(values):
-        traced = make_fx(code, dict(decompositions or {}), pre_dispatch=True)(*values)
+    try:
+        with torch.no_grad(), _autocast_of(node), _fake_mode_of(values):
+            traced = make_fx(code, dict(decompositions or {}), pre_dispatch=True)(*values)
+    except Exception:  # an argument of a kind that only the operation itself understands: any error is possible
+        log.debug("pixelfly: %s stays whole", node, exc_info=True)
+        return
     traced.graph.eliminate_dead_code()
     if any(original.op == "get_attr" for original in traced.graph.nodes):
         return  # a constant made on the way: nobody's module would hold it
@@ -88,9 +96,21 @@ def put_code(
 
 
 def _autocast_of(node: Node) -> AbstractContextManager[Any]:
-    """Autocast as it is where the node stands; the types of its tensors tell."""
-    first, result = node.all_input_nodes[0].meta["example_value"], tree_leaves(node.meta["example_value"])[0]
-    if first.dtype == result.dtype:
+    """Autocast as it is where the node stands: entered in the graph, or around it, as the types of its tensors tell."""
+    entered: list[Node] = []
+    for other in node.graph.nodes:
+        if other is node:
+            break
+        if is_call(other, (torch.amp.autocast_mode._enter_autocast,)):
+            entered.append(other)
+        elif is_call(other, (torch.amp.autocast_mode._exit_autocast,)):
+            entered.remove(other.all_input_nodes[0])
+    if entered:
+        arguments: Any = entered[-1].args
+        return torch.autocast(*arguments)
+    given = [value for source in node.all_input_nodes for value in tree_leaves(source.meta["example_value"])]
+    result = tree_leaves(node.meta["example_value"])[0]
+    if all(value.dtype == result.dtype for value in given if isinstance(value, Tensor) and value.is_floating_point()):
         return nullcontext()
     return torch.autocast(result.device.type, result.dtype)
 
@@ -190,19 +210,12 @@ def _encoder_layer(
     return norm(x + feed(x), norm_w2, norm_b2)
 
 
-def _bilinear(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """y[..., o] = x1[..., i] weight[o, i, j] x2[..., j] + bias[o]: a matmul with x2, and a sum over what x1 weighs."""
-    products = F.linear(x2, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
-    y = (products * x1.unsqueeze(-2)).sum(-1)
-    return y if bias is None else y + bias
-
-
 _CELLS = (torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 _COMPOSITES: dict[Any, Code] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
     torch._native_multi_head_attention: _native_attention,
     torch._transformer_encoder_layer_fwd: _encoder_layer,
-    F.bilinear: _bilinear,
+    torch.einsum: torch.einsum,
     **{cell: cell for cell in _CELLS},
     torch.linalg.multi_dot: torch.linalg.multi_dot,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -28,7 +28,7 @@ from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.passes.weights import Region
 
-MOST_SAMPLES = 16  # elements of a weight that are looked at in each call
+MOST_SAMPLES = 16  # elements of a matrix that are looked at in each call
 
 
 @lru_cache(maxsize=512)
@@ -72,8 +72,12 @@ class _Entry:
     version: int | None
     data_ptr: int
     sample: Tensor
-    values: list[int]
+    seen: Tensor  # a copy of the sample
     compact: Compact
+
+    @cached_property
+    def values(self) -> list[Any]:
+        return self.seen.tolist()
 
     def is_of(self, weight: Tensor) -> bool:
         """Is the weight where it was, and written to by nothing that leaves a trace?"""
@@ -109,8 +113,8 @@ class CompactWeights:
         GPU is read from, the process waits until it idles.
         """
         known = [(weight, name, e) for weight in weights for name, e in self._of(weight).items() if e.is_of(weight)]
-        for (weight, name, entry), values in zip(known, _read(e.sample for *_, e in known), strict=True):
-            if values != entry.values:
+        for (weight, name, _), changed in zip(known, _have_changed([entry for *_, entry in known]), strict=True):
+            if changed:
                 del self._of(weight)[name]
 
     def _of(self, weight: Tensor) -> dict[str, _Entry]:
@@ -126,12 +130,15 @@ class CompactWeights:
         return known[1]
 
 
-def _read(samples: Iterable[Tensor]) -> list[list[int]]:
-    """The elements of the samples, by one read for each device."""
-    samples = list(samples)
-    by_device = {device: [s for s in samples if s.device == device] for device in {s.device for s in samples}}
-    elements = {device: iter(torch.cat(there).tolist()) for device, there in by_device.items()}
-    return [list(islice(elements[sample.device], len(sample))) for sample in samples]
+def _have_changed(entries: Sequence[_Entry]) -> list[bool]:
+    """Is the sample of each other than it was? By one read for each device."""
+    elements: dict[torch.device, Iterator[bool]] = {}
+    for device in {entry.sample.device for entry in entries}:
+        there = [entry for entry in entries if entry.sample.device == device]
+        now = torch.cat([entry.sample.flatten() for entry in there])
+        then = torch.cat([entry.seen.flatten() for entry in there])
+        elements[device] = iter((now != then).tolist())
+    return [any(list(islice(elements[entry.sample.device], entry.sample.numel()))) for entry in entries]
 
 
 def _entry(weight: Tensor, form: Form) -> _Entry:
@@ -140,7 +147,7 @@ def _entry(weight: Tensor, form: Form) -> _Entry:
         version = None if weight.is_inference() or _is_gathered(weight) else weight._version
         matrix = _matrix(weight.detach(), form)
         sample = _sample(matrix)
-        return _Entry(version, weight.data_ptr(), sample, sample.tolist(), _compact(matrix, form))
+        return _Entry(version, weight.data_ptr(), sample, sample.clone(), _compact(matrix, form))
 
 
 def _is_gathered(weight: Tensor) -> bool:
@@ -153,15 +160,19 @@ def _is_gathered(weight: Tensor) -> bool:
 
 
 def _sample(matrix: Tensor) -> Tensor:
-    """A few elements (k,) along the diagonal, as integers, in the weight's own memory. What is written to `weight.data`
-    leaves no trace in the version, and some optimizers write there: but then hardly any element stays as it is.
+    """A few elements (k,) along the antidiagonal of a weight, or (n, k) of each of its matrices, as integers, in its
+    own memory. What is written to `weight.data` leaves no trace in the version, and some optimizers write there: but
+    then hardly any element stays as it is.
 
     To be read without numpy, after which FSDP could not free the weight's storage.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
-    count = min(*matrix.shape, MOST_SAMPLES)
-    step = sum(size // count * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
-    return matrix.as_strided((count,), (step,)).view(integer)
+    (rows, cols), (row, col) = matrix.shape[-2:], matrix.stride()[-2:]
+    count = min(rows, cols, MOST_SAMPLES)
+    down, across = rows // count * row, cols // count * col
+    size, stride = (*matrix.shape[:-2], count), (*matrix.stride()[:-2], abs(down - across))
+    first = matrix.storage_offset() + (count - 1) * min(down, across)
+    return matrix.as_strided(size, stride, first).view(integer)
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:
@@ -220,7 +231,7 @@ class CompactInputs:
         if not self.indices:
             self.indices = [self._index(args, form) for form in self.forms]
             self.elsewhere = sorted({form.weight for form in self.forms if not args[form.weight].is_cpu})
-        if self.elsewhere:
+        if self.elsewhere and not torch.cuda.is_current_stream_capturing():  # what is captured cannot be waited for
             self.weights.drop_changed(args[position] for position in self.elsewhere)
         training = torch.is_grad_enabled()
         parts = [self._parts(args[form.weight], form, training) for form in self.forms]
@@ -229,8 +240,7 @@ class CompactInputs:
 
     def examples(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Uninitialised tensors like those of a call, where only shapes matter: no weight is projected."""
-        with torch.inference_mode(False):
-            return [self._example(args[self.forms[i].weight], self.forms[i], PARTS[part]) for i, part in self.parts]
+        return [self._example(args[self.forms[i].weight], self.forms[i], PARTS[part]) for i, part in self.parts]
 
     def prepare(self, args: tuple[Any, ...]) -> None:
         """Begin to compile what a call will need."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,7 @@ import pixelfly_compiler
 from pixelfly_compiler import backend, compact
 from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import OptionError, PlanMismatchError
-from pixelfly_compiler.kernels import lowering_cpu
+from pixelfly_compiler.kernels import lowering_cpu, projection_cpu
 from pixelfly_compiler.passes.sites import Found, Site, find_sites
 from pixelfly_compiler.plan import plan, project, project_
 
@@ -326,6 +327,36 @@ def test_what_was_written_without_a_trace_is_forgotten_after_one_read(monkeypatc
     backend._weights.drop_changed(weights)
     assert reads == [4 * compact.MOST_SAMPLES]
     assert [len(backend._weights._of(weight)) for weight in weights] == [1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3, 200), (64, 64), (4, 64, 48)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_samples_lie_in_the_weight_and_see_what_keeps_its_diagonal(shape: tuple[int, ...], turned: bool) -> None:
+    whole = torch.randn(*shape[:-2], shape[-2] + 2, shape[-1] + 2)
+    weight = whole[..., 1:-1, 1:-1].mT if turned else whole[..., 1:-1, 1:-1]
+    sample = compact._sample(weight)
+    assert sample.numel() == math.prod(shape[:-2]) * min(*shape[-2:], compact.MOST_SAMPLES)
+    assert set(sample.view(torch.float32).flatten().tolist()) <= set(weight.flatten().tolist())
+    before = sample.clone()
+    weight.copy_(weight.mT.clone() if shape[-2] == shape[-1] else -weight)
+    assert not torch.equal(before, sample)
+
+
+def test_no_weight_is_projected_while_the_model_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What will project them is compiled beside the rest."""
+    made: list[int] = []
+    original, inductor = compact._compact, backend.inductor
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        assert projection_cpu._compiling.cache_info().currsize == 1 and not made
+        return inductor(*args, **kwargs)
+
+    monkeypatch.setattr(compact, "_compact", lambda *args: made.append(1) or original(*args))
+    monkeypatch.setattr(backend, "inductor", compile)
+    projection_cpu._compiling.cache_clear()
+    with torch.no_grad():
+        compiled(Mlp())(some_x())
+    assert len(made) == 4
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

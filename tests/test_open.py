@@ -119,12 +119,13 @@ def test_under_autocast_the_sites_have_its_type() -> None:
     torch.testing.assert_close(result[0], model(X, X)[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_the_cells_of_recurrent_networks_have_two_sites(cell: Any) -> None:
+def test_the_cells_of_recurrent_networks_have_two_sites(cell: Any, bias: bool) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell = cell(32, 48)
+            self.cell = cell(32, 48, bias)
 
         def forward(self, x: Tensor) -> Any:
             state = None
@@ -140,38 +141,61 @@ def test_the_cells_of_recurrent_networks_have_two_sites(cell: Any) -> None:
     assert sites == {"cell.weight_ih": (gates, 32, 10, None), "cell.weight_hh": (gates, 48, 10, None)}
 
 
-def test_a_bilinear_layer_has_one_site() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pair = nn.Bilinear(32, 48, 5)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.pair(x, y)
-
-    model, other = Pair(), torch.randn(2, 5, 48)
-    found, result = opened(model, X, other)
-    torch.testing.assert_close(result, model(X, other))
-    (site,) = found.sites
-    assert (site.out_features, site.in_features, site.rows, site.reason) == (5 * 32, 48, 10, None)
+FACTORS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "letters": lambda x, a, b: torch.einsum("ni,ij,jk->nk", x, a, b),
+    "sublists": lambda x, a, b: torch.einsum(x, [0, 1], a, [1, 2], b, [2, 3], [0, 3]),
+    "multi_dot": lambda x, a, b: torch.linalg.multi_dot([x, a, b]),
+}
 
 
-@pytest.mark.parametrize("form", ["letters", "sublists", "multi_dot"])
+class Factors(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(size) / 8) for size in ((32, 64), (64, 128)))
+        self.form = FACTORS[form]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x.flatten(0, 1), self.a, self.b)
+
+
+@pytest.mark.parametrize("form", FACTORS)
 def test_products_of_three_factors_have_two_sites(form: str) -> None:
-    class Factors(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = (nn.Parameter(torch.randn(size) / 8) for size in ((32, 64), (64, 128)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.flatten(0, 1)
-            if form == "multi_dot":
-                return torch.linalg.multi_dot([x, self.a, self.b])
-            if form == "letters":
-                return torch.einsum("ni,ij,jk->nk", x, self.a, self.b)
-            return torch.einsum(x, [0, 1], self.a, [1, 2], self.b, [2, 3], [0, 3])
-
-    model = Factors()
+    model = Factors(form)
     found, result = opened(model, X)
     torch.testing.assert_close(result, model(X))
     assert [(site.name, site.rows, site.reason) for site in found.sites] == [("a", 10, None), ("b", 10, None)]
+
+
+def test_a_weight_that_is_two_of_three_factors() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(32, 32) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("...i,ij,jk->...k", x, self.a, self.a)
+
+    model = Twice()
+    found, result = opened(model, X)
+    torch.testing.assert_close(result, model(X))
+    assert [(site.name, site.rows, site.reason) for site in found.sites] == [("a", 20, None)]
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "letters", "sublists"])
+def test_what_is_opened_under_autocast(kind: str) -> None:
+    """The input is of autocast's type already, so that it does not tell."""
+
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(32, 32)
+            self.inner = getattr(nn, kind)(32, 48) if kind.endswith("Cell") else Factors(kind)
+
+        def forward(self, x: Tensor) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(self.first(x))
+
+    model, x = Autocast(), X.flatten(0, 1) if kind.endswith("Cell") else X
+    found, result = opened(model, x)
+    torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
+    assert {site.dtype for site in found.sites if site.reason is None} == {"bfloat16"} and len(found.sites) == 3

@@ -402,6 +402,24 @@ def test_plans_do_not_run_into_the_recompile_limit_nor_use_it_up() -> None:
             torch.compile(Mlp(), backend="eager")(torch.randn(2, 128))
 
 
+def test_a_layer_that_meets_many_sizes_is_counted_with_each() -> None:
+    """Code for any size, which Dynamo makes at the second one, would know but one of them."""
+
+    class Broken(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for rows in (3, 5, 7, 11):
+                torch._dynamo.graph_break()
+                x = x + self.step(x[:rows]).sum()
+            return x
+
+        def step(self, x: torch.Tensor) -> torch.Tensor:
+            up, down = self.layers[0]
+            return down(F.gelu(up(x)))
+
+    made = plan(Broken(128, 1), torch.randn(16, 128))
+    assert [entry.rows for entry in made] == [26, 26]
+
+
 def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
     class Broken(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

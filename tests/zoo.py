@@ -231,6 +231,27 @@ def transformer(batch: int) -> Built:
     return model, {"src": _randn(batch, 5, WIDTH), "tgt": _randn(batch, 7, WIDTH)}
 
 
+class Recurrent(nn.Module):
+    """Two kinds of cells, one after the other in time, and a factored head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm, self.gru = nn.Embedding(96, WIDTH), nn.LSTMCell(WIDTH, WIDTH), nn.GRUCell(WIDTH, WIDTH)
+        self.thin, self.wide = (nn.Parameter(torch.randn(size) / 8) for size in ((WIDTH, 32), (32, 96)))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        state, second, outputs = None, None, []
+        for x in self.table(input_ids).unbind(1):
+            state = self.lstm(x, state)
+            second = self.gru(state[0], second)
+            outputs.append(second)
+        return torch.einsum("bti,ij,jk->btk", torch.stack(outputs, 1), self.thin, self.wide)
+
+
+def recurrent(batch: int) -> Built:
+    return Recurrent(), {"input_ids": _ids(batch)}
+
+
 # What a model's sites must cover of the flops that its weights cost.
 ZOO: dict[str, tuple[Callable[[int], Built], float]] = {
     "GPT-2": (gpt2, 1.0),
@@ -251,6 +272,7 @@ ZOO: dict[str, tuple[Callable[[int], Built], float]] = {
     "DiT": (dit, 1.0),
     "recommender": (recommender, 1.0),
     "nn.Transformer": (transformer, 1.0),
+    "recurrent cells": (recurrent, 1.0),
 }
 
 
