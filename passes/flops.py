@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import placeholders, sub_graphs
+from pixelfly_compiler.passes.weights import is_call, placeholders, sub_graphs
 
 
 def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
@@ -51,7 +52,11 @@ def _add_flops(
 
 
 def flops_of(node: Node) -> int:
-    """What torch's counter says of one node, for the sizes seen while tracing."""
+    """What torch's counter says of one node, for the sizes seen while tracing. Attention has no weight, whatever is in
+    the place of its queries.
+    """
+    if is_call(node, (F.scaled_dot_product_attention,)):
+        return 0
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton where it is installed
 
     try:
