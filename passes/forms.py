@@ -266,15 +266,21 @@ def _ends_by_index(x: Any, index: Any, matrices: int) -> Any:
 
 def _einsum(node: Node, operand: Node) -> Operands | None:
     """Two operands and no letter that only one of them has. What both keep counts the matrices of the weight."""
-    if not is_call(node, (torch.einsum,)) or not isinstance(node.args[0], str):
-        return None
-    operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    operands = einsum_operands(node)
     if len(operands) != 2 or operands[0] is operands[1]:
         return None
     place = 1 if operands[1] is operand else 0
     x, weight = operands[1 - place], operands[place]
-    letters = _letters(node.args[0].replace(" ", ""), [len(_shape(argument)) for argument in operands])
+    letters = _letters(str(node.args[0]).replace(" ", ""), [len(_shape(argument)) for argument in operands])
     return None if letters is None else _contraction(x, weight, letters[1 - place], letters[place], letters[2])
+
+
+def einsum_operands(node: Node) -> Sequence[Any]:
+    """The operands of an `einsum` whose equation is text; none of any other node."""
+    if not is_call(node, (torch.einsum,)) or not isinstance(node.args[0], str):
+        return ()
+    operands = list(node.args[1:])
+    return operands[0] if isinstance(operands[0], tuple | list) else operands
 
 
 def _contraction(x: object, weight: object, of_x: str, of_weight: str, of_result: str) -> Operands | None:

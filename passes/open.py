@@ -27,6 +27,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from pixelfly_compiler.passes.forms import einsum_operands
 from pixelfly_compiler.passes.weights import is_call
 
 log = logging.getLogger("pixelfly_compiler")
@@ -46,9 +47,8 @@ def open_composites(gm: GraphModule) -> GraphModule:
 
 
 def _code_of(node: Node) -> Code | None:
-    if is_call(node, (torch.einsum,)) and isinstance(node.args[0], str):
-        operands = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-        return None if len(operands) < 3 else torch.einsum  # of two it is a pattern in `forms`
+    if 0 < len(einsum_operands(node)) < 3:
+        return None  # a pattern in `forms`
     return next((code for composite, code in _COMPOSITES.items() if is_call(node, (composite,))), None)
 
 

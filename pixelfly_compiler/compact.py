@@ -84,7 +84,9 @@ class _Entry:
         return self.version is not None and self.version == weight._version and self.data_ptr == weight.data_ptr()
 
     def is_valid(self, weight: Tensor) -> bool:
-        """`is_of`, and what else the sample tells; not on a GPU, for which there is `drop_changed`."""
+        """`is_of`, and what else the sample tells. On a GPU that is left to `drop_changed`, which costs a call on the
+        CPU more than this does.
+        """
         return self.is_of(weight) and (not self.sample.is_cpu or self.sample.tolist() == self.values)
 
 

@@ -420,6 +420,20 @@ def test_a_layer_that_meets_many_sizes_is_counted_with_each() -> None:
     assert [entry.rows for entry in made] == [26, 26]
 
 
+def test_a_plan_does_not_make_what_is_compiled_later_dynamic() -> None:
+    """Dynamo makes a size dynamic when it sees a second value of it; that of the plan must not be the first."""
+    torch._dynamo.reset()
+    model, sizes = Mlp(), []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        sizes.extend(value for value in inputs if isinstance(value, torch.SymInt))
+        return gm.forward
+
+    small_plan(model)
+    torch.compile(model, backend=backend)(torch.randn(7, 128))
+    assert not sizes
+
+
 def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
     class Broken(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -370,6 +370,35 @@ def test_the_graph_is_well_formed_and_nothing_else_changed(form: str) -> None:
         check_node_safe(node)  # AOTAutograd caches no graph where this raises
 
 
+class Elsewhere(Tensor):
+    """As a tensor on a GPU is seen from the CPU; counts how often one is read."""
+
+    reads = 0
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return False
+
+    def tolist(self) -> Any:
+        Elsewhere.reads += 1
+        return self.as_subclass(Tensor).tolist()
+
+
+def test_a_weight_on_a_gpu_that_is_written_to_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    added = rewritten(OneWeight(*FORMS["linear"][:2]), X).rewritten.added
+    inputs, weight = CompactInputs(added, CompactWeights(), "fixed"), torch.randn(48, 32).as_subclass(Elsewhere)
+    args = (weight,) * (max(part.weight for part in added) + 1)
+    with torch.no_grad():
+        first = [part.clone() for part in inputs(args)]
+        Elsewhere.reads = 0
+        assert all(torch.equal(a, b) for a, b in zip(first, inputs(args), strict=True)) and Elsewhere.reads == 1
+        weight.data.mul_(-1)
+        assert not torch.equal(first[0], inputs(args)[0]) and Elsewhere.reads == 2
+        weight.mul_(-1)
+        assert torch.equal(first[0], inputs(args)[0]) and Elsewhere.reads <= 3
+
+
 VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "from the left": (lambda x, w, b: (w @ x.mT).view(-1), (48, 32)),
     "one matrix on the left": (lambda x, w, b: (w @ x.mT).relu().view(2, -1), (1, 48, 32)),
