@@ -31,14 +31,18 @@ from torch._inductor.ir import FixedLayout, IRNode, TensorBox
 from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_product
 from torch._inductor.virtualized import V, ops
 
+from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static, row_major
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FEW_ROWS = 32  # up to here blocks are read in place by dot products; beyond, packing them pays
-_ROW_TILE = 48  # rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1
+_FEW_ROWS = 32  # up to here blocks are read in place; beyond, packing them pays
+_FEWEST_ROWS_OF_UNIT = 4  # up to here dot products are faster than a matrix unit's tiles, mostly empty
+# Rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1. The matrix unit's are 32 high.
+_ROW_TILE, _ROW_TILE_OF_UNIT = 48, 64
 # A packed panel of x, in bytes per strip of rows: longer ones fall out of the L2 cache, where rows a power of two apart
 # share sets.
 _PANEL_BYTES = 8192
+_PANEL_OF_UNIT = 128  # rows; the sums are loaded and stored once for each panel
 
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined
@@ -192,6 +196,11 @@ def empty(like: TensorBox, size: list[Any], dtype: torch.dtype | None = None) ->
     return empty
 
 
+def takes_tiles(x: TensorBox) -> bool:
+    """Are products of this tensor those of the matrix unit?"""
+    return x.get_dtype() == torch.bfloat16 and has_matrix_unit()
+
+
 def is_read(output: int) -> bool:
     """Is this output of the operator that is being lowered used at all?"""
     node = V.graph.current_node
@@ -286,7 +295,7 @@ def _lower_products(
         inputs["INDEX"] = contiguous(index)
     each = rows if not groups or ends is not None else rows // groups
     params = _linear_params(x, b_out, b_in, rank, features, transposed, index is None)
-    params |= _few_rows(None if ends is not None else each, transposed)
+    params |= _few_rows(None if ends is not None else each, transposed, params["tiles"])
     params |= {
         "stores_t": stores_t,
         "has_bias": bias is not None,
@@ -302,6 +311,7 @@ def _lower_products(
 def _linear_params(
     x: TensorBox, b_out: int, b_in: int, rank: int, features: int, transposed: bool, dense: bool
 ) -> dict[str, Any]:
+    tiles = takes_tiles(x)
     block_k, block_n = (b_out, b_in) if transposed else (b_in, b_out)
     return {
         "N": features,
@@ -310,20 +320,23 @@ def _linear_params(
         "block_n": block_n,
         "rank": rank,
         "ldx": x.get_stride()[0],
-        "block_m": _ROW_TILE,
+        "block_m": _ROW_TILE_OF_UNIT if tiles else _ROW_TILE,
+        "tiles": tiles,
+        "reduction": block_k,
         "dense": dense,
         "blocks_transposed": transposed,
         "slot": ("(i % COLS) * ROWS + i / COLS" if dense else "slot[i]") if transposed else "i",
     }
 
 
-def _few_rows(rows: Any, transposed: bool) -> dict[str, Any]:
+def _few_rows(rows: Any, transposed: bool, tiles: bool) -> dict[str, Any]:
     """Which ways through the template there are, for so many rows of x; None if they are known only when it runs."""
     static = is_static(rows)
     few_rows = _FEW_ROWS if not transposed and not (static and rows > _FEW_ROWS) else 0
     if static and few_rows:
         few_rows = int(rows)
-    return {"few_rows": few_rows, "many_rows": not (static and few_rows)}
+    few_tiles = tiles and not (static and rows <= _FEWEST_ROWS_OF_UNIT)
+    return {"few_rows": few_rows, "few_tiles": few_tiles, "many_rows": not (static and few_rows)}
 
 
 def lower_block_grad(
@@ -387,6 +400,7 @@ def _lower_gradients(
     rank = rank if is_read(1) else 0
     if rank:
         inputs |= {"T": contiguous(t), "GU": gu}
+    tiles = takes_tiles(x)
     params = {
         "out_features": out_features,
         "in_features": in_features,
@@ -396,7 +410,9 @@ def _lower_gradients(
         "lda": inputs["A"].get_stride()[0],
         "ldx": inputs["X"].get_stride()[0],
         "dense": index is None,
-        "panel": min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
+        "panel": _PANEL_OF_UNIT if tiles else min(max(_PANEL_BYTES // (b_in * x.get_dtype().itemsize), 32), 128),
+        "tiles": tiles,
+        "reduction": 32,  # a multiple of it: missing rows of a panel are zeros
         "chunk": 8,
         "groups": groups,
         "has_ends": ends is not None,

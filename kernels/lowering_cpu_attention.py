@@ -14,8 +14,9 @@ from torch._inductor.codegen.cpp_utils import DTYPE_TO_CPP
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.ir import TensorBox
 
+from pixelfly_compiler.kernels.cpus import multiplies_pairs
 from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static
-from pixelfly_compiler.kernels.lowering_cpu import call, empty, is_read
+from pixelfly_compiler.kernels.lowering_cpu import call, empty, is_read, takes_tiles
 
 
 def lower_attention(
@@ -61,7 +62,7 @@ def lower_attention_backward(
 def _applies(*tensors: TensorBox) -> bool:
     """Dtypes that the micro-kernel multiplies as they are: fp32, and bf16 in pairs."""
     dtypes = {x.get_dtype() for x in tensors}
-    pairs = torch.cpu._is_avx512_bf16_supported() and pick_vec_isa().bit_width() == 512
+    pairs = multiplies_pairs() and pick_vec_isa().bit_width() == 512
     features = tensors[0].get_size()[3]
     return dtypes in ({torch.float32}, {torch.bfloat16} if pairs else None) and is_static(features)
 
@@ -73,6 +74,7 @@ def _operands(
     inputs: dict[str, Any] = {name: _rows_apart(x) for name, x in tensors.items()}
     params: dict[str, Any] = {f"ld{name.lower()}": x.get_stride()[2] for name, x in inputs.items()}
     params |= {"features": tensors["Q"].get_size()[3], "causal": causal, "scale": float(scale).hex()}
+    params |= {"tiles": takes_tiles(tensors["Q"]), "reduction": params["features"]}
     params["has_mask"] = mask is not None
     if mask is not None:
         inputs["MASK"] = contiguous(mask)

@@ -31,7 +31,7 @@ _FEWEST_QUERIES = 16  # below, packing the keys costs more than what is saved
 
 def replace_attention(gm: GraphModule) -> int:
     """Replace what can be, in the graph and its sub-graphs, in place. Returns how many."""
-    if not attention.is_faster_here():
+    if not attention.is_faster_here(backward=True):
         return 0
     replaced = 0
     differentiated = Scopes.of(gm).differentiated
@@ -72,7 +72,8 @@ def _fits(node: Node, query: Node, key: Node, value: Node) -> bool:
         return False
     features = q.shape[3]
     return (
-        out.device.type == "cpu"
+        attention.is_faster_here(out.requires_grad)
+        and out.device.type == "cpu"
         and out.dtype in _DTYPES
         and isinstance(features, int)
         and features % 16 == 0

@@ -118,7 +118,7 @@ def replaced(model: nn.Module, *args: Tensor) -> int:
 @pytest.fixture
 def slow_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU where PyTorch's attention is slow."""
-    monkeypatch.setattr(pixelfly_compiler.kernels.attention, "is_faster_here", lambda: True)
+    monkeypatch.setattr(pixelfly_compiler.kernels.attention, "is_faster_here", lambda backward: True)
 
 
 @pytest.mark.usefixtures("slow_library")
@@ -164,6 +164,6 @@ def test_under_transforms_of_torch_func_it_stays() -> None:
 
 
 def test_elsewhere_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixelfly_compiler.kernels.attention, "is_faster_here", lambda: False)
+    monkeypatch.setattr(pixelfly_compiler.kernels.attention, "is_faster_here", lambda backward: False)
     q = torch.randn(2, 4, 32, 16)
     assert replaced(Asks(), q, q, q) == 0

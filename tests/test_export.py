@@ -96,7 +96,7 @@ def test_encoder_layers_are_opened_also_without_gradients() -> None:
 
 @pytest.mark.parametrize("faster", [False, True])
 def test_attention_is_ours_where_it_is_faster_here(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
-    monkeypatch.setattr(attention, "is_faster_here", lambda: faster)
+    monkeypatch.setattr(attention, "is_faster_here", lambda backward: faster)
     layer, x = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval(), torch.randn(2, 16, 64)
     program = export(layer, x, **OPTIONS)
     assert operators(program)["pixelfly.attention.default"] == int(faster)

@@ -15,7 +15,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.utils import run_and_get_code
 
-from pixelfly_compiler.kernels import lowering, ops
+from pixelfly_compiler.kernels import lowering, lowering_cpu, ops
+from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
@@ -90,6 +91,25 @@ def test_avx2(dtype: torch.dtype, rows: int) -> None:
     with inductor_config.patch({"cpp.simdlen": 256}):
         assert pick_vec_isa().bit_width() == 256
         check(function, [x, blocks, u, v, index, ops.support_index(SQUARE)], kernels=2)
+
+
+@pytest.mark.parametrize(("block", "rank", "rows"), [(32, 48, 77), (16, 16, 50), (64, 64, 33)])
+@pytest.mark.parametrize(
+    "unit", [pytest.param(True, marks=pytest.mark.skipif(not has_matrix_unit(), reason="there is none")), False]
+)
+def test_bf16_with_and_without_the_matrix_unit(
+    unit: bool, block: int, rank: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering_cpu, "has_matrix_unit", lambda: unit)
+    x, blocks, u, v, index = operands(flat_butterfly(150, 200, block, 1), rows, rank, torch.bfloat16, transposed=False)
+    y = torch.randn(rows, 150).bfloat16()
+
+    def function(x: Tensor, y: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        forward = torch.ops.pixelfly.linear(x, blocks, u, v, index, 150, False)
+        backward = torch.ops.pixelfly.linear(y, blocks, v, u, index, 200, True)
+        return *forward, *backward, *torch.ops.pixelfly.block_grad(y, x, x[:, :rank], index, block, block)
+
+    assert ("MatrixUnit" in check(function, [x, y, blocks, u, v, index], kernels=3)) == unit
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
