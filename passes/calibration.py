@@ -4,14 +4,16 @@ Dense is measured, since libraries differ by far more than a model could know: f
 and oneDNN, few rows, half precision, the overhead of a call. Our own kernels are not: they are compiled for each
 site, so that to measure them costs a minute of C++, and they all do the same at a share of the processor's peak
 that hardly depends on the machine. That peak is oneDNN's rate in fp32; our bf16 kernels reach twice of it where the
-processor multiplies pairs, and never more, whatever the library does with matrix units that we do not use. What a call
-of ours takes beside its kernel, Python for the most part, grows with what torch's smallest product takes.
+processor multiplies pairs, and where it has a matrix unit a share of the library's own rate: what both do there hangs
+on memory. What a call of ours takes beside its kernel, Python for the most part, grows with what torch's smallest
+product takes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import time
@@ -24,12 +26,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from pixelfly_compiler.kernels.cpus import has_matrix_unit, multiplies_pairs
 from pixelfly_compiler.kernels.gpus import gpu_of
 from pixelfly_compiler.passes.cost import DENSE_ROWS, DENSE_WIDTHS, DTYPES, Device, Grid, gpu_device
+
+log = logging.getLogger("pixelfly_compiler")
 
 # Larger ones are not measured but told from the largest that are.
 MEASURED_PRODUCTS = 2**30
 MEASURED_WIDTH = 4096
+SMALL_PRODUCT = 1e-3  # seconds: more than any CPU takes for one of 16 rows, 256 wide
+SHARE_OF_UNIT = 0.5  # of the rate at which the library's bf16 products run on a matrix unit
+SHARE_OF_DOTS = 0.4  # of the peak, in the dot products that few rows take
 OVERHEAD_CALLS = 3  # what a call of ours takes beside its kernel, in calls of torch's smallest product
 
 
@@ -60,6 +68,12 @@ def _calibrated(key: str) -> Device:
         return _from_json(path.read_text())
     except (OSError, ValueError, TypeError, KeyError):
         device = measure()
+    if is_disturbed(device):
+        log.warning(
+            "this machine was too busy to measure what dense matmuls take on its CPU: what is predicted to be faster "
+            "may not be. The next process measures again, as does `pixelfly calibrate`."
+        )
+        return device
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{os.getpid()}")
@@ -85,7 +99,7 @@ def machine() -> dict[str, str]:
         "cpu": cpu_name(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "model": Device().name + repr((DENSE_ROWS, DENSE_WIDTHS, OVERHEAD_CALLS)),
+        "model": Device().name + repr((DENSE_ROWS, DENSE_WIDTHS, OVERHEAD_CALLS, SHARE_OF_UNIT, SHARE_OF_DOTS)),
     }
 
 
@@ -111,8 +125,27 @@ def _from_json(text: str) -> Device:
     return Device(**values)
 
 
-def measure() -> Device:
-    """Time torch's dense matmul at many sizes, oneDNN's at one, and a copy, on the current threads."""
+def is_disturbed(device: Device) -> bool:
+    """Did the smallest products take milliseconds, as they do where other processes keep threads waiting?"""
+    small = [seconds for line in device.dense["float32"][:3] for seconds in line[:2]]  # up to 16 rows, 256 wide
+    return max(small) > SMALL_PRODUCT
+
+
+def measure(tries: int = 2) -> Device:
+    """Time torch's dense matmul at many sizes, oneDNN's at one, and a copy, on the current threads.
+
+    A disturbed measurement is made again, after a second.
+    """
+    device = _measure()
+    for _ in range(tries - 1):
+        if not is_disturbed(device):
+            break
+        time.sleep(1.0)
+        device = _measure()
+    return device
+
+
+def _measure() -> Device:
     from torch.utils._python_dispatch import _disable_current_modes
 
     with torch.no_grad(), _disable_current_modes():
@@ -123,7 +156,9 @@ def measure() -> Device:
         rate = _peak_rate(dense["float32"])
     name = f"cpu ({torch.get_num_threads()} threads, measured)"
     overhead = max(Device.overhead, OVERHEAD_CALLS * dense["float32"][0][0])
-    return Device(name, dense, _kernel_rates(rate), bandwidth=bandwidth, overhead=overhead)
+    rates = _kernel_rates(rate, _best_rate(dense["bfloat16"]))
+    few_rows = _few_rows_rates(rates)
+    return Device(name, dense, rates, few_rows_rate=few_rows, bandwidth=bandwidth, overhead=overhead)
 
 
 def _dense_grid(dtype: torch.dtype) -> Grid:
@@ -161,10 +196,26 @@ def _peak_rate(dense: Grid, rows: int = 256, width: int = 1024) -> float:
     return 2 * rows * width * width / min(ours, other)
 
 
-def _kernel_rates(float32: float) -> dict[str, float]:
-    """The peak of our kernels: pairs of bf16 if the processor multiplies them; what is widened runs as fp32 does."""
-    pairs = torch.cpu._is_avx512_bf16_supported()
-    return {"float32": float32, "bfloat16": (2 if pairs else 1) * float32, "float16": float32}
+def _best_rate(dense: Grid) -> float:
+    """flop/s of the products that run best."""
+    return max(
+        2 * rows * width * width / seconds
+        for rows, line in zip(DENSE_ROWS, dense, strict=True)
+        for width, seconds in zip(DENSE_WIDTHS, line, strict=True)
+    )
+
+
+def _kernel_rates(float32: float, dense_bfloat16: float) -> dict[str, float]:
+    """The peak of our kernels: bf16 on the matrix unit or in pairs; what is widened runs as fp32 does."""
+    pairs = 2 * float32 if multiplies_pairs() else float32
+    bfloat16 = SHARE_OF_UNIT * dense_bfloat16 if has_matrix_unit() else pairs
+    return {"float32": float32, "bfloat16": bfloat16, "float16": float32}
+
+
+def _few_rows_rates(peak: dict[str, float]) -> dict[str, float]:
+    """What of it few rows reach: the unit's tiles, partly empty, as many flop/s as fp32 does with many rows."""
+    dots = {dtype: SHARE_OF_DOTS * rate for dtype, rate in peak.items()}
+    return dots | {"bfloat16": peak["float32"]} if has_matrix_unit() else dots
 
 
 def _seconds(call: Callable[[], object], repeats: int = 9, limit: float = 0.1) -> float:

@@ -92,13 +92,13 @@ class Device:
 
     name: str = "cpu (defaults)"
     dense: dict[str, Grid] = field(default_factory=lambda: roofline(_rates(200e9, 850e9, 55e9), 60e9, 2e-6))
-    # The most that our kernels could reach, and the share of it that they do: on kept blocks, in thin matmuls with the
-    # low-rank factors, and in the dot products that few rows take.
+    # The most that our kernels could reach, and the share of it that they do, on kept blocks and in thin matmuls with
+    # the low-rank factors; what they do in the dot products that few rows take.
     rate: dict[str, float] = field(default_factory=lambda: _rates(450e9, 900e9, 450e9))
     block_efficiency: dict[int, float] = field(default_factory=lambda: {16: 0.62, 32: 0.90, 64: 0.97, 128: 1.0})
     lowrank_efficiency: float = 0.85
     few_rows: int = 32
-    few_rows_efficiency: float = 0.40
+    few_rows_rate: dict[str, float] = field(default_factory=lambda: _rates(180e9, 360e9, 180e9))
     bandwidth: float = 60e9
     packing: float = 42e-12  # seconds per byte of compact weight, which is put into another order for more rows
     overhead: float = 6e-6  # of a call: looking up the compact weight, checks of its tensors, waking threads
@@ -168,7 +168,7 @@ def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool =
     thin_rate = rate * device.lowrank_efficiency
     few = site.rows <= device.few_rows
     if few:
-        compute = evaluate(SPARSE_FLOPS, site, config) / (rate * device.few_rows_efficiency)
+        compute = evaluate(SPARSE_FLOPS, site, config) / device.few_rows_rate[site.dtype]
     else:
         compute = evaluate(BLOCK_FLOPS, site, config) / (rate * device.block_efficiency[config.block])
         compute += evaluate(LOWRANK_FLOPS, site, config) / thin_rate
