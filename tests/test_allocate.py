@@ -109,6 +109,20 @@ def test_better_order_wins_where_both_fit() -> None:
     assert allocate([Role("one", 100.0, options)], 0.25).choices == (1,)
 
 
+def test_each_role_keeps_what_is_nearest_to_its_share_from_below_in_any_order() -> None:
+    made = [
+        Role("small", 10.0, (Option(2.0, 1.0), Option(1.0, 1.0), Option(4.0, 1.0))),
+        Role("large", 990.0, steps(990.0, 4)),
+    ]
+    assert allocate(made, 0.25).choices == (0, 0)
+
+
+def test_to_fill_the_budget_as_little_as_possible_changes() -> None:
+    ways = ((15.0, 55.0), (10.0, 12.0), (8.0, 30.0))
+    made = [Role(name, 100.0, tuple(Option(kept, 1.0) for kept in way)) for name, way in zip("abc", ways, strict=True)]
+    assert allocate(made, 0.25).choices == (1, 1, 0), "what the second one wanted stays"
+
+
 def test_coarse_roles_share_a_budget_that_none_can_fill_alone() -> None:
     made = [Role(name, 100.0, (Option(10.0, 1.0), Option(38.0, 1.0))) for name in "ab"]
     result = allocate(made, 0.25)

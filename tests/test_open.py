@@ -107,6 +107,23 @@ def test_masks_of_an_encoder_layer(padding: bool) -> None:
     assert len(found.sites) == 4
 
 
+@pytest.mark.parametrize(("kind", "shape"), [(0, (5, 5)), (1, (2, 5)), (2, (2, 2, 5, 5)), (None, None)])
+def test_every_kind_of_mask_of_native_attention(kind: int | None, shape: tuple[int, ...] | None) -> None:
+    mask = None if shape is None else (torch.rand(shape) > 0.5).index_fill(-1, torch.tensor([0]), False)
+
+    class Native(Attention):
+        def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+            inner, out = self.attention, self.attention.out_proj
+            weights = (inner.in_proj_weight, inner.in_proj_bias, out.weight, out.bias)
+            return torch._native_multi_head_attention(x, x, x, 32, 2, *weights, mask, False, True, kind)
+
+    model = Native()
+    with torch.no_grad():
+        found, result = opened(model, X, X, mask)
+        torch.testing.assert_close(result[0], model(X, X, mask)[0])
+    assert len(found.sites) == 2
+
+
 def test_under_autocast_the_sites_have_its_type() -> None:
     class Autocast(Attention):
         def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -199,3 +216,38 @@ def test_what_is_opened_under_autocast(kind: str) -> None:
     found, result = opened(model, x)
     torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
     assert {site.dtype for site in found.sites if site.reason is None} == {"bfloat16"} and len(found.sites) == 3
+
+
+def test_what_autocast_surrounds_where_no_type_tells() -> None:
+    """Inputs, states and results are float32; only what the first cell does inside is not."""
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.low, self.full = nn.LSTMCell(32, 32), nn.LSTMCell(32, 32)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                state = self.low(x, (x, x))
+            return self.full(x, state)
+
+    model, x = Cells(), X.flatten(0, 1)
+    found, result = opened(model, x)
+    torch.testing.assert_close(result, model(x), rtol=1e-5, atol=1e-5)
+    assert {(site.name.partition(".")[0], site.dtype) for site in found.sites} == {
+        ("low", "bfloat16"),
+        ("full", "float32"),
+    }
+
+
+def test_a_product_of_two_stays_whole() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(32, 48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bsi,io->bso", x, self.w)
+
+    found, _ = opened(Two(), X)
+    assert [site.nodes for site in found.sites] == [("einsum",)]

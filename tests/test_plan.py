@@ -206,6 +206,8 @@ def test_cost_expressions_agree_with_counting() -> None:
     assert cost.sparse_flops(site(768, 768, rows=10), config) == 2 * 10 * kept
     assert cost.dense_flops(site(768, 768, rows=10)) == 2 * 10 * 768 * 768
     assert cost.evaluate(cost.SPARSE_PARAMS, site(768, 768), config) == kept
+    assert cost.evaluate(cost.PROJECTION_FLOPS, site(768, 512), config) == 2 * (2 * 768 * 512 * 32)
+    assert cost.evaluate(cost.PROJECTION_BYTES, site(768, 512), config) == 2 * 4 * 3 * 768 * 512
 
 
 def test_fewer_flops_are_predicted_faster_until_overhead_rules() -> None:

@@ -223,12 +223,15 @@ def test_what_is_no_site_is_left_as_it_is(function: Callable[..., Tensor]) -> No
     torch.testing.assert_close(result.y, model(X))
 
 
-def test_a_weight_of_several_matrices_becomes_one_operator() -> None:
-    model = OneWeight(lambda x, w, b: torch.bmm(x, w), 2, 32, 48)
-    result = rewritten(model, X)
+@pytest.mark.parametrize("matrices", [1, 2])
+@pytest.mark.parametrize("multiply", [torch.matmul, torch.bmm])
+def test_a_weight_of_several_matrices_becomes_one_operator(matrices: int, multiply: Callable[..., Tensor]) -> None:
+    x = X[:matrices] if multiply is torch.bmm else X
+    model = OneWeight(lambda x, w, b: multiply(x, w), matrices, 32, 48)
+    result = rewritten(model, x)
     assert result.count() == 1 and result.count("w") == 0
-    entry = Entry("w", (2, 32, 48), 48, 32, True, config=CONFIG, matrices=2)
-    exact = torch.bmm(X.double(), project(model.w.detach().double(), entry))
+    entry = Entry("w", (matrices, 32, 48), 48, 32, True, config=CONFIG, matrices=matrices)
+    exact = x.double() @ project(model.w.detach().double(), entry)
     assert (result.y - exact).norm() <= 1e-5 * exact.norm()
 
 
@@ -283,6 +286,7 @@ def test_matmuls_in_the_body_of_a_checkpoint() -> None:
     model = Checkpointed()
     result = rewritten(model, X.clone().requires_grad_())
     assert result.rewritten.sites == result.count() == 2
+    assert not any(value is linear.weight for value in result.inputs for linear in (model.a, model.b))
     for linear in (model.a, model.b):
         out_features, in_features = linear.weight.shape
         entry = Entry("w", (out_features, in_features), out_features, in_features, config=CONFIG)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -306,6 +307,11 @@ def test_parts_of_a_weight_are_sites_named_as_python_indexes_them() -> None:
     assert {site.parameter for site in found.sites} == {"w"}
 
 
+def test_what_is_computed_from_a_weight_and_never_used_is_in_no_ones_way() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: (w.sum(), x @ w)[1], 32, 48), X)
+    assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
+
+
 def test_a_weight_times_itself_is_no_site() -> None:
     (found,) = found_in(OneWeight(lambda x, w, b: x @ torch.matmul(w, w.T), 32, 48), X)
     assert found.sites == ()
@@ -314,7 +320,7 @@ def test_a_weight_times_itself_is_no_site() -> None:
 def test_one_weight_used_twice_is_one_site_with_the_rows_of_both() -> None:
     (found,) = found_in(OneWeight(lambda x, w, b: x @ w + torch.relu(x[:, :1]) @ w, 32, 48), X)
     (site,) = found.sites
-    assert (site.uses, site.rows, len(found.matches)) == (2, 12, 2)
+    assert (site.uses, site.rows, site.rows_expr, len(found.matches)) == (2, 12, "12", 2)
 
 
 def test_a_tied_head_is_a_site_and_its_lookup_is_not() -> None:
@@ -339,7 +345,8 @@ def test_dynamic_rows_are_an_expression_with_a_hint() -> None:
     (found,) = found_in(nn.Linear(32, 48), X, dynamic=True)
     (site,) = found.sites
     assert site.rows == 10
-    assert not site.rows_expr.isdigit()
+    expression = sympy.sympify(site.rows_expr)
+    assert len(expression.free_symbols) == 2 and not expression.atoms(sympy.Number)
 
 
 def test_autocast_decides_the_dtype() -> None:
