@@ -265,7 +265,7 @@ def ineligible(weight: torch.Tensor) -> str | None:
         return f"the weight has layout {weight.layout}"
     if weight.numel() == 0:
         return "the weight is empty"
-    if kind is not torch.Tensor and kind.__name__ not in ("FakeTensor", "FunctionalTensor", "Parameter"):
+    if kind is not torch.Tensor and kind.__name__ not in ("FakeTensor", "FunctionalTensor"):
         return f"the weight is a tensor subclass ({kind.__name__})"
     return None
 
