@@ -117,10 +117,11 @@ def pixelfly(p: Problem) -> Contender:
 
     THE ADAPTER: the only place in this file that knows our kernels.
     """
+    from pixelfly_compiler.backend import cache_tag
     from pixelfly_compiler.kernels import lowering, ops, projection
     from pixelfly_compiler.kernels.support import flat_butterfly, strides_within
 
-    lowering.register()  # the backend does this for its users
+    lowering.register()  # this, and the tag, the backend does for its users
     rank = int(p.lowrank_share * p.kept * p.outputs * p.inputs / (p.outputs + p.inputs)) // 16 * 16
     left = p.kept - rank * (p.outputs + p.inputs) / (p.outputs * p.inputs)
     strides = strides_within(p.outputs, p.inputs, p.block, left)
@@ -160,6 +161,9 @@ def pixelfly(p: Problem) -> Contender:
         "input_grad": functools.partial(torch.compile(input_grad), p.g, blocks, u, v),
         "weight_grad": functools.partial(torch.compile(weight_grad), p.g, p.x, t),
     }
+    with cache_tag():  # compiled code of other versions is not ours
+        for compile_now in run.values():
+            compile_now()
     note = f"block {p.block}, {strides} strides, rank {rank}"
     return Contender(dense, run, flops, grad_of, dict.fromkeys(OPERATIONS, note))
 

@@ -28,6 +28,7 @@ from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, raised_as_they_are
+from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.gpus import why_no_kernels
 from pixelfly_compiler.names import dense_if_shared, names_of, origin_of
 from pixelfly_compiler.passes.attention import replace_attention
@@ -280,10 +281,11 @@ def _with_references(gm: GraphModule, example_inputs: Sequence[Any], kwargs: Map
 
 
 def cache_tag() -> AbstractContextManager[Any]:
-    """Compiler caches must tell apart the code that two versions of this package generate."""
+    """Compiler caches must tell apart what two versions of this package generate, and for CPUs with a matrix unit."""
     import torch.compiler.config as compiler_config
 
-    tag = f"{compiler_config.cache_key_tag}pixelfly-{_source_hash()}"
+    unit = "-unit" if has_matrix_unit() else ""
+    tag = f"{compiler_config.cache_key_tag}pixelfly-{_source_hash()}{unit}"
     return compiler_config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
 
 

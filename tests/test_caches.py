@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.compiler.config as compiler_config
+
+from pixelfly_compiler import backend
 
 STEP = """
 import json, sys, torch
@@ -56,3 +59,12 @@ def test_saved_artifacts_take_the_place_of_the_caches(tmp_path: Path) -> None:
     elsewhere = step(tmp_path, 0.5, artifacts="load", caches="empty")
     assert elsewhere["fxgraph_cache_hit"] == 2 and elsewhere["autograd_cache_hit"] == 1
     assert elsewhere["fxgraph_cache_miss"] == elsewhere["autograd_cache_miss"] == 0
+
+
+def test_code_for_a_matrix_unit_is_not_that_for_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    tags = set()
+    for unit in (True, False):
+        monkeypatch.setattr(backend, "has_matrix_unit", lambda unit=unit: unit)
+        with backend.cache_tag():
+            tags.add(compiler_config.cache_key_tag)
+    assert len(tags) == 2
