@@ -70,7 +70,8 @@ def export(
     example = tuple(args) if isinstance(args, tuple | list) else (args,), dict(kwargs or {})
     dense = torch.export.export(model, *example, dynamic_shapes=dynamic_shapes)
     sparse = _Lifted(dense.module())
-    replace_attention(split_joined_weights(open_composites(sparse.gm)))
+    if replace_attention(split_joined_weights(open_composites(sparse.gm))):
+        _reshape_instead_of_view(sparse.gm)
     folded = sparse.fold()
     made = sparse.rewrite(model, config, asked=bool(options))
     if not folded and not made.sparse:
@@ -107,6 +108,15 @@ def _check_stands_alone(path: Path) -> None:
             "an operator of pixelfly has no kernel for this program, and its reference is not in the package",
             next_step="make the program with pixelfly_compiler.export, in float32, bfloat16 or float16",
         )
+
+
+def _reshape_instead_of_view(gm: GraphModule) -> None:
+    """The graph was traced with the strides of PyTorch's attention, which before 2.13 are not those of ours."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+                node.target = torch.ops.aten.reshape.default
+            module.recompile()
 
 
 class _Lifted:
