@@ -175,6 +175,8 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
         launch = replace(launch, groups=1)
         while launch.block_n > 16 and 2 * shape.out_features < launch.block_n * gpu.multiprocessors:
             launch = replace(launch, block_n=launch.block_n // 2)
+        if launch.block_n <= 64 and not shape.exact:
+            launch = replace(launch, warps=min(launch.warps, 4))  # else a thread loads less than 16 bytes at a time
     while launch.stages > 1 and launch.shared_memory(shape.itemsize) > _room(gpu):
         launch = replace(launch, stages=launch.stages - 1)
     return launch
