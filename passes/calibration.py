@@ -68,7 +68,7 @@ def _calibrated(key: str) -> Device:
         return _from_json(path.read_text())
     except (OSError, ValueError, TypeError, KeyError):
         device = measure()
-    if is_disturbed(device):
+    if _is_disturbed(device):
         log.warning(
             "this machine was too busy to measure what dense matmuls take on its CPU: what is predicted to be faster "
             "may not be. The next process measures again, as does `pixelfly calibrate`."
@@ -125,21 +125,19 @@ def _from_json(text: str) -> Device:
     return Device(**values)
 
 
-def is_disturbed(device: Device) -> bool:
+def _is_disturbed(device: Device) -> bool:
     """Did the smallest products take milliseconds, as they do where other processes keep threads waiting?"""
     small = [seconds for line in device.dense["float32"][:3] for seconds in line[:2]]  # up to 16 rows, 256 wide
     return max(small) > SMALL_PRODUCT
 
 
-def measure(tries: int = 2) -> Device:
+def measure() -> Device:
     """Time torch's dense matmul at many sizes, oneDNN's at one, and a copy, on the current threads.
 
-    A disturbed measurement is made again, after a second.
+    A disturbed measurement is made once more, after a second.
     """
     device = _measure()
-    for _ in range(tries - 1):
-        if not is_disturbed(device):
-            break
+    if _is_disturbed(device):
         time.sleep(1.0)
         device = _measure()
     return device

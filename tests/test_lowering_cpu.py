@@ -113,7 +113,7 @@ def test_bf16_with_and_without_the_matrix_unit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "rank"), [(1, 32), (7, 48)])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 32), (7, 48), (20, 16)])
 def test_few_rows_take_the_dot_product_path(dtype: torch.dtype, rows: int, rank: int) -> None:
     args = [*operands(UNEVEN, rows, rank, dtype, False), torch.randn(UNEVEN.out_features).to(dtype)]
     code = check(lambda *a: torch.ops.pixelfly.linear(*a[:5], UNEVEN.out_features, False, a[5]), args, kernels=1)
