@@ -11,6 +11,7 @@ product takes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -62,8 +63,7 @@ def _agreed(device: Device) -> Device:
 
 
 @lru_cache(maxsize=1)
-def _calibrated(key: str) -> Device:
-    path = cache_folder() / f"device-{key}.json"
+def _calibrated(path: Path) -> Device:
     try:
         return _from_json(path.read_text())
     except (OSError, ValueError, TypeError, KeyError):
@@ -74,23 +74,32 @@ def _calibrated(key: str) -> Device:
             "may not be. The next process measures again, as does `pixelfly calibrate`."
         )
         return device
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(asdict(device), indent=1))
-        scratch.replace(path)  # atomic: other processes read all of it or nothing
-    except OSError:
-        pass  # a read-only home costs a second per process, nothing else
+    with contextlib.suppress(OSError):  # a read-only home costs a second per process, nothing else
+        keep(device)
     return device
+
+
+def keep(device: Device) -> None:
+    """Write what this machine's CPU was measured to do where later processes look for it."""
+    path = calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(asdict(device), indent=1))
+    scratch.replace(path)  # atomic: other processes read all of it or nothing
 
 
 def calibrate(*, again: bool = False) -> Device:
     """The constants of this machine's CPU, from the cache or measured now."""
-    key = hashlib.blake2b(json.dumps(machine()).encode(), digest_size=8).hexdigest()
+    path = calibration_file()
     if again:
-        (cache_folder() / f"device-{key}.json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         _calibrated.cache_clear()
-    return _calibrated(key)
+    return _calibrated(path)
+
+
+def calibration_file() -> Path:
+    key = hashlib.blake2b(json.dumps(machine()).encode(), digest_size=8).hexdigest()
+    return cache_folder() / f"device-{key}.json"
 
 
 def machine() -> dict[str, str]:

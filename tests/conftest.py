@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from pixelfly_compiler.passes import calibration, cost
+
 # Each run compiles what it tests: Inductor's cache does not see a change of our templates. Within the run it may hit.
 _compiled = tempfile.TemporaryDirectory(prefix="pixelfly-tests-", ignore_cleanup_errors=True)
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _compiled.name)
@@ -34,6 +36,15 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_sites_pay(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans, of child processes too, are for a CPU whose calls cost nothing: no decision depends on this machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("caches")))
+        calibration.keep(cost.Device(overhead=0.0, packing=0.0))
+        yield
 
 
 @pytest.fixture
