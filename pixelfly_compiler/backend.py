@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.eval_frame import innermost_fn
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
@@ -87,10 +88,10 @@ def pixelfly(
     compact.prepare(tuple(example_inputs))
     examples = compact.examples(tuple(example_inputs))
     inputs = [*(example_inputs[position] for position in rewritten.kept), *as_leaves(examples)]
-    compiled = inductor(gm, inputs, patches)
+    compiled = innermost_fn(inductor(gm, inputs, patches))  # Dynamo disables itself for `run`: once is enough
 
     def run(*args: Any) -> Any:
-        return compiled(*_inputs(rewritten, compact, args))
+        return compiled(*[args[position] for position in rewritten.kept], *compact(args))
 
     return run
 
@@ -120,10 +121,6 @@ def _copy_of_graph(gm: GraphModule) -> GraphModule:
     own = GraphModule(gm, copy.deepcopy(gm.graph))
     own.meta = dict(gm.meta)
     return own
-
-
-def _inputs(rewritten: Rewritten, compact: CompactInputs, args: tuple[Any, ...]) -> list[Any]:
-    return [*(args[position] for position in rewritten.kept), *compact(args)]
 
 
 def as_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -28,6 +28,7 @@ from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.passes.weights import Region
 
+INDEX = PARTS.index("index")
 MOST_SAMPLES = 16  # elements of a matrix that are looked at in each call
 
 
@@ -76,18 +77,13 @@ class _Entry:
     compact: Compact
 
     @cached_property
-    def values(self) -> list[Any]:
-        return self.seen.tolist()
+    def values(self) -> list[Any] | None:
+        """What the sample is compared with in each call; on a GPU `drop_changed` does it, for all weights at once."""
+        return self.seen.tolist() if self.seen.is_cpu else None
 
     def is_of(self, weight: Tensor) -> bool:
         """Is the weight where it was, and written to by nothing that leaves a trace?"""
         return self.version is not None and self.version == weight._version and self.data_ptr == weight.data_ptr()
-
-    def is_valid(self, weight: Tensor) -> bool:
-        """`is_of`, and what else the sample tells. On a GPU that is left to `drop_changed`, which costs a call on the
-        CPU more than this does.
-        """
-        return self.is_of(weight) and (not self.sample.is_cpu or self.sample.tolist() == self.values)
 
 
 class CompactWeights:
@@ -106,7 +102,7 @@ class CompactWeights:
         """The compact form of the weight as it is now, without autograd."""
         entries = self._of(weight)
         entry = entries.get(form.name)
-        if entry is None or not entry.is_valid(weight):
+        if entry is None or not entry.is_of(weight) or (entry.values and entry.sample.tolist() != entry.values):
             entry = entries[form.name] = _entry(weight, form)
         return entry.compact
 
@@ -236,9 +232,8 @@ class CompactInputs:
         if self.elsewhere and not torch.cuda.is_current_stream_capturing():  # what is captured cannot be waited for
             self.weights.drop_changed(args[position] for position in self.elsewhere)
         training = torch.is_grad_enabled()
-        parts = [self._parts(args[form.weight], form, training) for form in self.forms]
-        made = [(*three, index) for three, index in zip(parts, self.indices, strict=True)]
-        return [made[i][part] for i, part in self.parts]
+        made = [self._parts(args[form.weight], form, training) for form in self.forms]
+        return [made[i][part] if part != INDEX else self.indices[i] for i, part in self.parts]
 
     def examples(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Uninitialised tensors like those of a call, where only shapes matter: no weight is projected."""
