@@ -121,10 +121,10 @@ _MATMULS = (torch.mm, torch.matmul, torch.linalg.matmul, operator.matmul, torch.
 def _matmul(node: Node, operand: Node) -> Operands | None:
     if not is_call(node, _MATMULS, "mm", "matmul", "__matmul__", "mv"):
         return None
-    given = [*node.args, *node.kwargs.values()]
-    if len(given) != 2:
+    left, right = _arguments(node, ("input", "other"))
+    right = node.kwargs.get("mat2", node.kwargs.get("vec", right))
+    if left is None or right is None or "out" in node.kwargs:
         return None
-    left, right = given
     if len(_shape(operand)) > 2:
         return _batched(left, right, operand)
     if right is operand:
@@ -231,10 +231,10 @@ def selected(operands: Operands, selection: Selection, matrix: torch.Tensor) -> 
     if selection.several:
         return replace(
             operands,
-            enter=partial(_sorted, enter=operands.enter),
-            leave=partial(_unsorted, leave=operands.leave),
+            enter=partial(_sorted, enter=operands.enter, matrices=selection.count),
+            leave=partial(_unsorted, leave=operands.leave, matrices=selection.count),
             given=(selection.index,),
-            ends=partial(_ends_by_index, matrices=selection.count),
+            ends=partial(_ends_by_index, matrices=selection.count, width=matrix.shape[-1]),
         )
     return replace(
         operands,
@@ -247,21 +247,25 @@ def selected(operands: Operands, selection: Selection, matrix: torch.Tensor) -> 
 
 def _all_in_one(x: Any, index: Any, matrices: int, width: int) -> Any:
     numbers = x.new_ones(matrices, dtype=torch.int32).cumsum(0)  # 1, 2, ...
-    return ((numbers > index) * (x.numel() // width)).to(torch.int32)
+    return ((numbers > index.remainder(matrices)) * (x.numel() // width)).to(torch.int32)
 
 
-def _sorted(x: Any, index: Any, enter: Step) -> Any:
-    return enter(x).index_select(0, index.argsort(stable=True))
+def _sorted(x: Any, index: Any, enter: Step, matrices: int) -> Any:
+    return enter(x).index_select(0, _order(index, matrices))
 
 
-def _unsorted(y: Any, index: Any, leave: Step) -> Any:
-    return leave(y.index_select(0, index.argsort(stable=True).argsort()))
+def _unsorted(y: Any, index: Any, leave: Step, matrices: int) -> Any:
+    return leave(y.index_select(0, _order(index, matrices).argsort()))
 
 
-def _ends_by_index(x: Any, index: Any, matrices: int) -> Any:
+def _order(index: Any, matrices: int) -> Any:
+    return index.remainder(matrices).argsort(stable=True)  # negative ones count from the end
+
+
+def _ends_by_index(x: Any, index: Any, matrices: int, width: int) -> Any:
     numbers = index.new_ones(matrices).cumsum(0)
-    before = (index.unsqueeze(0) < numbers.unsqueeze(1)).sum(1)
-    return (before * x.shape[1]).to(torch.int32)
+    before = (index.remainder(matrices).unsqueeze(0) < numbers.unsqueeze(1)).sum(1)
+    return (before * (x.numel() // (x.shape[0] * width))).to(torch.int32)
 
 
 def _einsum(node: Node, operand: Node) -> Operands | None:
@@ -292,6 +296,8 @@ def _contraction(x: object, weight: object, of_x: str, of_weight: str, of_result
     if not contracted or not outs or set(of_x) - set(rows) != set(contracted):
         return None
     sizes = dict(zip(of_weight, _shape(weight), strict=True))
+    if any(isinstance(n, int) and n != sizes.get(letter, n) for letter, n in zip(of_x, _shape(x), strict=True)):
+        return None  # one of them is 1, and broadcast
     order = [[*rows, *outs].index(letter) for letter in of_result]
     return Operands(
         x,
@@ -314,6 +320,7 @@ def _tensordot(node: Node, operand: Node) -> Operands | None:
         dims: Any = ([-1], [-1])
     elif is_call(node, (torch.tensordot,)):
         left, right, dims = _arguments(node, ("a", "b", "dims"))
+        dims = node.args[2:] if len(node.args) == 4 else dims  # as exported programs have it
     else:
         return None
     if left is right or not _shape(left) or not _shape(right) or isinstance(dims, Node):

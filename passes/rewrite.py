@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.fx.node import Argument
 from torch.fx.proxy import GraphAppendingTracer
 
 from pixelfly_compiler.kernels import grouped_ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.passes.flops import hint
 from pixelfly_compiler.passes.forms import Step, same
 from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
 from pixelfly_compiler.passes.weights import (
@@ -110,30 +112,85 @@ def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: 
         y = put(match, x, blocks, u, v, index, transposed)
         if match.operands.leave is not same:
             y = _traced(match.operands.leave, y, *given)
-            y = graph.call_function(torch.clone, (y,), _CONTIGUOUS) if _is_viewed(node) else y
         y = _plus(y, match.addend, match.dtype)
+        order = _order_in_memory(match)
+        if order is not None and _is_seen(node):
+            y = _traced(partial(_laid_out, order=order), y)
     y.meta.update({key: node.meta[key] for key in _KEPT_META if key in node.meta})
     node.replace_all_uses_with(y)
     graph.erase_node(node)
 
 
-_CONTIGUOUS: dict[str, Argument] = {"memory_format": torch.contiguous_format}
-# Their results have strides of their own.
-_FRESH = ("linear", "layer_norm", "matmul", "mm", "addmm", "bmm", "softmax", "reshape", "flatten", "contiguous")
+# ---- strides: `leave` gives others than the node has ----
 
 
-def _is_viewed(node: Node) -> bool:
-    """May something ask for a view of this contiguous result, or of what has its strides? `leave` gives others."""
+def _order_in_memory(match: Match) -> list[int] | None:
+    """The node's dimensions by their strides, the largest first; None where ours has them in the same order."""
+    value, operands = value_of(match.node), match.operands
+    if value is None or operands.leave is same:
+        return None
+    given = [_sketch(node) for node in operands.given]
+    entered = operands.enter(_sketch(match.x), *given)
+    ours = operands.leave(entered.new_empty(*entered.shape[:-1], match.out_features), *given)
+    wide = [dim for dim, size in enumerate(ours.shape) if size != 1]
+    strides = [hint(stride) for stride in value.stride()]
+    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
+    return None if [dim for dim in order if dim in wide] == sorted(wide, key=lambda dim: -ours.stride(dim)) else order
+
+
+def _sketch(node: Node) -> torch.Tensor:
+    """A tensor without values like that of the node, of the sizes that are likely."""
     value = value_of(node)
-    seen, front = {node}, [node] if value is not None and value.is_contiguous() else []
+    assert value is not None
+    sizes, strides = ([hint(number) for number in numbers] for numbers in (value.shape, value.stride()))
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
+
+
+def _laid_out(y: Any, order: list[int]) -> Any:
+    """A copy with its dimensions in this order in memory."""
+    if order == sorted(order):
+        return y.clone(memory_format=torch.contiguous_format)
+    there = y.permute(order).clone(memory_format=torch.contiguous_format)
+    return there.permute([order.index(dim) for dim in range(len(order))])
+
+
+# Their results have strides of their own.
+_FRESH = ("linear", "layer_norm", "matmul", "mm", "addmm", "bmm", "softmax", "conv1d", "conv2d", "conv3d")
+# They fail, or mean something else, with other strides.
+_ASKING = ("view", "view_as", "as_strided", "view_as_complex", "view_as_real", "stride", "is_contiguous")
+# Views of one memory format, copies of another.
+_AT_TIMES_COPIES = ("reshape", "reshape_as", "flatten", "ravel", "contiguous", "unflatten")
+
+
+def _is_seen(node: Node) -> bool:
+    """May anything tell this result, or what takes its strides over, from one with other strides?"""
+    seen, front = {(node, False)}, [(node, False)]
     while front:
-        for user in front.pop().users:
-            if user.op == "call_method" and user.target in ("view", "view_as"):
+        source, copied = front.pop()
+        for user in source.users:
+            name, value = called(user), value_of(user)
+            if user.op == "output" or name in _ASKING or not _is_of_torch(user) or (copied and _writes(user)):
                 return True
-            if user not in seen and user.op.startswith("call") and called(user) not in _FRESH:
-                seen.add(user)
-                front.append(user)
+            step = (user, copied or name in _AT_TIMES_COPIES)
+            if step not in seen and name not in _FRESH and (value is None or value.dim() > 1):
+                seen.add(step)
+                front.append(step)
     return False
+
+
+def _is_of_torch(user: Node) -> bool:
+    """Not an operator of others, nor one that runs a sub-graph."""
+    if user.op != "call_function":
+        return user.op == "call_method"
+    return getattr(user.target, "namespace", "aten") in ("aten", "prims")
+
+
+def _writes(user: Node) -> bool:
+    name = called(user)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or user.kwargs.get("inplace") is True
+
+
+# ---- the operators ----
 
 
 def _linear(

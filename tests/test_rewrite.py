@@ -123,6 +123,10 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
     "left of a matrix": (lambda x, w, b: w.mm(x[0].t()), (48, 32), False),
     "left of a vector": (lambda x, w, b: w @ x[0, 0], (48, 32), False),
     "left transposed": (lambda x, w, b: torch.matmul(w.T, x.mT), (32, 48), True),
+    "arguments by name, in another order": (lambda x, w, b: torch.mm(mat2=w, input=x.view(-1, 32)), (32, 48), True),
+    "of a square, by name": (lambda x, w, b: torch.matmul(other=w, input=x), (32, 32), True),
+    "a convolution": (lambda x, w, b: F.conv1d(x.mT, w[..., None]), (48, 32), False),
+    "einsum that permutes": (lambda x, w, b: torch.einsum("bsd,df->sfb", x, w), (32, 48), True),
 }
 
 
@@ -133,9 +137,38 @@ def test_each_form_becomes_one_operator_and_means_the_projected_weight(form: str
     result = rewritten(model, X)
     assert result.rewritten.sites == result.count() == 1
     torch.testing.assert_close(result.y, expected(model, transposed, X), rtol=1e-4, atol=1e-4)
+    assert result.y.stride() == function(X, model.w, model.bias).stride()
     assert [key.part for key in result.rewritten.added] == ["blocks", "index", "u", "v"]
     assert all(key.transposed == transposed for key in result.rewritten.added)
     assert not any(value is model.w for value in result.inputs), "the dense weight is still an input"
+
+
+@pytest.mark.parametrize(
+    ("function", "x"),
+    [
+        (lambda x, w: torch.einsum("bk,bkn->bn", x, w), torch.randn(6, 32)),
+        (lambda x, w: x @ w, torch.randn(2, 6, 5, 32)),
+        (lambda x, w: torch.bmm(x[:, None], w), torch.randn(6, 32)),
+    ],
+)
+def test_matrices_that_an_index_gathers(function: Callable[..., Tensor], x: Tensor) -> None:
+    """Negative indices count from the end."""
+    index = torch.tensor([2, 0, -1, 1, -3, 1])
+
+    class Gathered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 32, 48))
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return function(x, self.w[index])
+
+    model = Gathered()
+    result = rewritten(model, x, index)
+    entry = Entry("w", (3, 32, 48), 48, 32, True, config=CONFIG, matrices=3)
+    assert result.count() == 1
+    exact = function(x, project(model.w.detach(), entry)[index])
+    torch.testing.assert_close(result.y, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_two_matmuls_with_one_weight_share_its_compact_form() -> None:
@@ -213,6 +246,9 @@ def test_every_block_kept_is_the_dense_result() -> None:
         lambda x, w, b: x @ w[:, :32] + x @ w[:, 16:],  # overlapping parts
         lambda x, w, b: torch.einsum("bsd,df->bsdf", x, w),  # no matmul
         lambda x, w, b: x * w[:, 0],  # no matmul
+        lambda x, w, b: torch.einsum("bsk,kn->bsn", x[..., :1], w),  # x is broadcast
+        lambda x, w, b: torch.tensordot(x[..., :1], w, ([2], [0])),
+        lambda x, w, b: torch.einsum("bsk,kn->bsn", x, w[:1]),  # the weight is broadcast
     ],
 )
 def test_what_is_no_site_is_left_as_it_is(function: Callable[..., Tensor]) -> None:
@@ -408,17 +444,43 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "one matrix on the left": (lambda x, w, b: (w @ x.mT).relu().view(2, -1), (1, 48, 32)),
     "1 x 1": (lambda x, w, b: F.gelu(F.conv1d(x.mT, w, b)).view(2, -1), (48, 32, 1)),
     "1 x 1, transposed": (lambda x, w, b: F.conv_transpose1d(x.mT, w, b).view(2, -1), (32, 48, 1)),
+    "by a function": (lambda x, w, b: torch.ops.aten.view((w @ x.mT).sin(), (2, -1)), (48, 32)),
+    "reshaped before": (lambda x, w, b: (w @ x.mT).reshape(2, 8, 6, 5).view(2, 48, 5), (48, 32)),
+    "strided": (lambda x, w, b: (w @ x.mT).as_strided((2, 240), (240, 1)), (48, 32)),
+    "complex": (lambda x, w, b: torch.view_as_complex((w @ x.mT).mT.contiguous().unflatten(2, (24, 2))).real, (48, 32)),
+    "changed by a view": (lambda x, w, b: doubled(y := w @ x.mT, y.flatten()[:5]), (48, 32)),
+    "changed by what is no copy": (lambda x, w, b: doubled(y := w @ x.mT, y.contiguous()), (48, 32)),
+    "in a sub-graph": (
+        lambda x, w, b: torch.cond(x.sum() > 0, lambda y: y.sin().view(2, -1), lambda y: -y.view(2, -1), (w @ x.mT,)),
+        (48, 32),
+    ),
+    "outside": (lambda x, w, b: (w @ x.mT).relu() + 1, (48, 32)),
     "after another matmul": (lambda x, w, b: F.layer_norm((w @ x.mT).mT, (48,)).view(-1), (48, 32)),
+    "as a sum": (lambda x, w, b: (w @ x.mT).exp().sum(), (48, 32)),
 }
 
 
+def doubled(y: Tensor, view: Tensor) -> Tensor:
+    """y after a change of its view."""
+    view.mul_(2)
+    return y
+
+
 @pytest.mark.parametrize("form", VIEWED)
-def test_a_result_that_is_viewed_has_the_strides_for_it(form: str) -> None:
+def test_a_result_whose_strides_are_seen_has_those_of_the_matmul(form: str) -> None:
     function, shape = VIEWED[form]
     model = OneWeight(function, *shape)
     result = rewritten(model, X)
-    assert result.count() == 1 and result.y.shape == model(X).shape
-    assert result.count("clone") == (form != "after another matmul")
+    same = OneWeight(function, *shape)
+    same.load_state_dict(model.state_dict())
+    (site,) = result.found.sites
+    sides = site.out_features, site.in_features, site.transposed
+    entry = Entry("w", shape, *sides, config=CONFIG, matrices=site.matrices, region=site.region)
+    same.w.data = project(model.w.detach(), entry)
+    exact = same(X)
+    assert result.count() == 1 and result.y.stride() == exact.stride()
+    torch.testing.assert_close(result.y, exact, rtol=1e-4, atol=1e-4)
+    assert result.count("clone") == (form not in ("after another matmul", "as a sum"))
 
 
 @pytest.mark.parametrize("model", [nn.Conv2d(32, 48, 2, 2), nn.ConvTranspose2d(32, 48, 2, 2)])
