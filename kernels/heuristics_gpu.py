@@ -242,6 +242,41 @@ def _most_split(shape: GradShape) -> int:
     return max(shape.rows // 512, 1)
 
 
+# ---------------------------------------------------------------------------------------------------------- projection
+
+
+@dataclass(frozen=True)
+class ProjectionLaunch:
+    """Tiles of P: `rows` rows of the weight times block_k columns a step, for block_r of the rank's directions; then
+    block_m rows of a block.
+    """
+
+    rows: int
+    block_k: int
+    block_m: int
+    block_r: int
+    warps: int
+    stages: int
+    precision: str
+
+
+def projection_launch(block: int, rank: int, gpu: Gpu) -> ProjectionLaunch:
+    """Weights have few block rows: 16 rows a program, so that all multiprocessors read, 16 bytes a thread. Three
+    products in tf32 are as good as one in fp32, and run on the tensor cores.
+    """
+    tensor_cores = gpu.backend == "cuda" and gpu.capability >= (8, 0)
+    rows, tile = 16, min(block, 32)
+    return ProjectionLaunch(
+        rows=rows,
+        block_k=tile,
+        block_m=tile,
+        block_r=min(max(_power_of_two(rank), 16), 64 if block < 128 else 32),
+        warps=min(rows * tile // (4 * gpu.warp), 4),
+        stages=2 if gpu.family in ("turing", "cdna") else 3,
+        precision="tf32x3" if tensor_cores else "ieee",
+    )
+
+
 def _room(gpu: Gpu) -> int:
     return gpu.shared_memory - (4 << 10)  # barriers, layout conversions
 

@@ -68,7 +68,7 @@ def compile_kernel(name: str, path: Path, gpu: Gpu) -> Binary:
                 autotuner._precompile_config(config)
         except _Compiled:
             pass
-    return _describe(name, compiled[0], config)
+    return describe(name, compiled[0])
 
 
 class _Compiled(Exception):
@@ -88,14 +88,15 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-def _describe(name: str, binary: Any, config: Any) -> Binary:
+def describe(name: str, binary: Any) -> Binary:
+    """What Triton has compiled."""
     assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
     registers, spills = _amd_usage(assembly) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
     counts = {kind: _count(pattern, assembly) for kind, pattern in TENSOR_CORE.items()}
     return Binary(
         name,
-        config.num_warps,
-        config.num_stages,
+        binary.metadata.num_warps,
+        binary.metadata.num_stages,
         registers,
         spills,
         binary.metadata.shared,

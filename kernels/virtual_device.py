@@ -158,6 +158,12 @@ def _triton_driver(gpu: Gpu) -> Iterator[None]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget(gpu.backend, gpu.arch, gpu.warp)
 
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cuda", 0)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.projection import project_each
-from pixelfly_compiler.kernels.projection_cpu import Projector
+from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig

@@ -69,7 +69,7 @@ def run(code: Code, args: Sequence[Any]) -> list[Tensor]:
         exec(compile(source, "wrapper", "exec"), namespace | {"_compiler": compiler}, namespace)
         scope = namespace["Runner"].call.__globals__ if "Runner" in namespace else namespace["call"].__globals__
         scope |= namespace | {"empty_strided_cuda": _nan_filled, "_compiler": compiler}
-        with _no_device(), _mended():
+        with _no_device(), mended():
             return list(namespace["call"](list(args)))
 
 
@@ -88,7 +88,7 @@ def _no_device() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _mended() -> Iterator[None]:
+def mended() -> Iterator[None]:
     """The interpreter keeps bf16 as integers, multiplies those, and rounds to them by cutting off: both mended.
 
     So are loaded bounds of loops: NumPy 2.4 makes no integer of the arrays in which Triton 3.6 keeps them; and masks:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import pixelfly_compiler as pf
 from pixelfly_compiler.kernels import lowering, ops, reference
+from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -165,6 +166,21 @@ def test_inputs_of_more_than_two_to_the_31_elements(device: torch.device) -> Non
     tail = slice(rows - 100, rows)
     exact = torch.ops.pixelfly.linear(x[tail].double(), blocks.double(), None, None, index, 64, False)[0]
     assert error(compiled(x)[tail], exact) < 1e-2
+
+
+@pytest.mark.parametrize("part", DTYPES)
+@pytest.mark.parametrize("support", [flat_butterfly(320, 256, 32, 1), UNEVEN])
+def test_projection_and_its_adjoint(device: torch.device, support: Support, part: torch.dtype) -> None:
+    weight, rank = torch.randn(support.out_features, support.in_features, device=device), 48
+    here, there = Projector.of(support, rank, device), Projector.of(support, rank, torch.device("cpu"))
+    blocks, u = here.project(weight, part)
+    gradient = here.adjoint(blocks, u, weight)
+    assert device.type == "cpu" or str(here.native(weight, part).__name__).endswith("projection_gpu")
+    exact = there.project(weight.cpu().double(), torch.float64)
+    tolerance = 4 * torch.finfo(part).eps
+    assert error(blocks.cpu(), exact[0]) < tolerance and error(u.cpu(), exact[1]) < tolerance
+    assert error(gradient.cpu(), there.adjoint(blocks.cpu().double(), u.cpu().double(), weight.cpu().double())) < 1e-5
+    assert all(map(torch.equal, here.project(weight, part), (blocks, u))), "results do not repeat"
 
 
 # ---- models ----

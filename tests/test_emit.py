@@ -20,7 +20,9 @@ from pixelfly_compiler.errors import EmitError, OptionError
 from pixelfly_compiler.kernels import ops
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu, gpu_of, why_no_kernels
 from pixelfly_compiler.kernels.heuristics_gpu import GradShape, LinearShape, block_grad_launches, linear_launches
+from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import flat_butterfly
+from pixelfly_compiler.kernels.virtual_device import virtual_device
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="GPU code needs triton: pip install triton (Linux)"
@@ -164,8 +166,6 @@ def test_nothing_of_the_virtual_device_remains(tmp_path: Path) -> None:
 
 @needs_triton
 def test_nothing_remains_after_an_error() -> None:
-    from pixelfly_compiler.kernels.virtual_device import virtual_device
-
     before = snapshot()
     with pytest.raises(ZeroDivisionError), virtual_device(KNOWN["cuda:80"]):
         assert torch.cuda.get_device_capability() == (8, 0)
@@ -254,6 +254,55 @@ def check_resources(binary: Any, gpu: Gpu) -> None:
     assert binary.spills == 0, f"{binary.name}: {binary.spills} bytes spilled"
     assert binary.registers <= 255 and binary.shared_memory <= gpu.shared_memory
     assert binary.vector_loads, f"{binary.name} loads from global memory in small pieces"
+
+
+@needs_triton
+@pytest.mark.parametrize("target", [*TENSOR_CORES, "hip:gfx942"])
+@pytest.mark.parametrize("part", [torch.float32, torch.bfloat16])
+def test_kernels_of_the_projection(target: str, part: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P of an fp32 weight and its adjoint, compiled as they are launched."""
+    from triton.runtime.jit import JITFunction
+
+    from pixelfly_compiler.kernels import projection_gpu
+    from pixelfly_compiler.kernels.triton_binary import describe
+
+    launched: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        self.device_caches.clear()
+        launched.append(describe(self.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(projection_gpu, "gpu_of", lambda device: KNOWN[target])
+    projector, weight = (
+        Projector.of(flat_butterfly(512, 1024, block, 1), 80, torch.device("cpu")),
+        torch.randn(512, 1024),
+    )
+    monkeypatch.setattr(Projector, "native", lambda *args: projection_gpu)
+    with virtual_device(KNOWN[target]):
+        projector.adjoint(*projector.project(weight, part), weight)
+    assert not projection_gpu._failures
+    assert [binary.name for binary in launched] == ["_times_v", "_kept_blocks", "_times_v", "_dense"]
+    for binary in launched:
+        check_resources(binary, KNOWN[target])
+        assert binary.tensor_core or target == "hip:gfx942", binary
+
+
+@needs_triton
+def test_without_its_kernels_the_projection_runs_as_plain_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pixelfly_compiler.kernels import projection_gpu
+
+    projector, weight = Projector.of(flat_butterfly(64, 96, 16, 1), 16, torch.device("cpu")), torch.randn(64, 96)
+    blocks, u = projector.project(weight, torch.float32)
+    monkeypatch.setattr(projection_gpu, "_failures", [])
+    monkeypatch.setattr(projection_gpu, "gpu_of", lambda device: KNOWN["cuda:90"])  # which is not there
+    monkeypatch.setattr(Projector, "native", lambda *args: None if projection_gpu._failures else projection_gpu)
+    again = projector.project(weight, torch.float32)
+    torch.testing.assert_close(again, (blocks, u))
+    assert "without its Triton kernels" in caplog.text and not projection_gpu.applies(projector, weight, torch.float32)
 
 
 @pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.target)

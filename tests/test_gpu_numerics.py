@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_good_as, to_double
+from numerics import assert_as_good_as, error, to_double
 from torch import Tensor
 
-from pixelfly_compiler.kernels import ops
+from pixelfly_compiler.kernels import ops, projection
+from pixelfly_compiler.kernels.gpus import KNOWN
+from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support, flat_butterfly
 
 pytest.importorskip("triton", reason="GPU code needs triton: pip install triton (Linux)")
@@ -166,3 +168,35 @@ def test_columns_of_a_wider_buffer_and_one_tensor_twice() -> None:
         return (torch.ops.pixelfly.block_grad(x, x, None, index, 32, 32)[0],)
 
     check(function, [torch.randn(70, 160), ops.support_index(flat_butterfly(64, 64, 32, 0))], kernels=1)
+
+
+# ---- P, whose kernels are not generated ----
+
+
+@interpreted
+@pytest.mark.parametrize("support", [flat_butterfly(128, 192, 64, 0), UNEVEN])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("dense", "part"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)])
+def test_projection_and_its_adjoint(
+    support: Support, transposed: bool, dense: torch.dtype, part: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emitted import mended
+
+    from pixelfly_compiler.kernels import projection_gpu
+
+    monkeypatch.setattr(projection_gpu, "gpu_of", lambda device: KNOWN[TARGET])
+    projector = Projector.of(support, 48, torch.device("cpu"))
+    monkeypatch.setattr(Projector, "native", lambda *args: projection_gpu)
+    sides = support.out_features, support.in_features
+    weight = torch.randn(sides[::-1]).t() if transposed else torch.randn(sides)
+    weight = weight.to(dense)
+    with mended():
+        blocks, u = projector.project(weight, part)
+        gradient = projector.adjoint(blocks, u, weight)
+    assert not projection_gpu._failures
+    v, gram_inv, (rows, cols) = projector.v, projector.gram_inv, projection.block_index(support)
+    exact = projection.project_fixed(weight.double(), v, gram_inv, rows, cols, support.block)
+    tolerance = 4 * torch.finfo(part).eps
+    assert error(blocks, exact[0]) < tolerance and error(u, exact[1]) < tolerance
+    exact_gradient = projection.project_adjoint(blocks.double(), u.double(), v, gram_inv, rows, cols)
+    assert gradient.stride() == weight.stride() and error(gradient, exact_gradient) < 1e-5

@@ -6,8 +6,8 @@ import pytest
 import torch
 from numerics import error
 
-from pixelfly_compiler.kernels import projection
-from pixelfly_compiler.kernels.projection_cpu import Projector
+from pixelfly_compiler.kernels import projection, projection_cpu
+from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support, dense_support, flat_butterfly
 
 UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))
@@ -24,7 +24,7 @@ def test_native_equals_plain(support: Support, stored_in_out: bool, dense: torch
     projector = Projector.of(support, 16, CPU)
     weight = torch.randn(support.out_features, support.in_features).to(dense)
     weight = weight.t().contiguous().t() if stored_in_out else weight
-    assert projector._native(weight, part) is not None
+    assert projector.native(weight, part) is projection_cpu
     rows, cols = projection.block_index(support)
     tolerance = 4 * torch.finfo(part).eps
 
@@ -44,7 +44,7 @@ def test_native_equals_plain(support: Support, stored_in_out: bool, dense: torch
 def test_what_has_no_kernel_runs_the_plain_version(dtype: torch.dtype, rank: int) -> None:
     projector = Projector.of(flat_butterfly(64, 96, 16, 1), rank, CPU)
     weight = torch.randn(64, 96, dtype=dtype)
-    assert projector._native(weight, dtype) is None
+    assert projector.native(weight, dtype) is None
     blocks, u = projector.project(weight, dtype)
     assert projector.adjoint(blocks, u, weight).shape == weight.shape
 
@@ -53,8 +53,6 @@ def test_without_a_compiler_the_plain_version_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from torch._inductor.codecache import CppCodeCache
-
-    from pixelfly_compiler.kernels import projection_cpu
 
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no compiler here")

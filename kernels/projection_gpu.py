@@ -1,0 +1,296 @@
+"""P and its adjoint as Triton kernels: what `projection` does in a dozen tensor operations each, in three launches.
+
+    P         outside = W_N V_N               u = outside (V_N^T V_N)^+    blocks = (W - u v^T) on the support
+    adjoint   outside = g_u - g_blocks V_S    h = outside (V_N^T V_N)^+    g_blocks on the support, else h v^T
+
+The products with the pseudo-inverses are a library's. The notation is that of `projection`. Every sum has one order, so
+that results repeat bit by bit. Rows beyond the weight's edge are computed as zeros, up to whole blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pixelfly_compiler.kernels.gpus import gpu_of
+from pixelfly_compiler.kernels.heuristics_gpu import ProjectionLaunch, projection_launch
+from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.support import Support
+
+if TYPE_CHECKING:
+    from pixelfly_compiler.kernels.projector import Projector
+
+log = logging.getLogger(__name__)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_failures: list[Exception] = []
+
+# ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _times_v(  # type: ignore[no-untyped-def]
+    SOURCE,  # W (out, in), or g_blocks (nnz, BLOCK, BLOCK) if ADJOINT
+    V,  # (in, RANK)
+    G_U,  # (out, RANK) if ADJOINT
+    OUTSIDE,  # (R * BLOCK, RANK) float32
+    CROW,  # the blocks that are met, by rows: those outside of the support, or those on it if ADJOINT
+    COL,
+    out_features,
+    in_features,
+    stride_out,
+    stride_in,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADJOINT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block_row = tl.program_id(0) * BLOCK_M // BLOCK
+    first = tl.load(CROW + block_row)
+    end = tl.load(CROW + block_row + 1)
+    PARTS: tl.constexpr = BLOCK // BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for step in range(0, (end - first) * PARTS):
+        place = first + step // PARTS
+        inside = (step % PARTS) * BLOCK_K + tl.arange(0, BLOCK_K)
+        k = tl.load(COL + place) * BLOCK + inside
+        if ADJOINT:
+            at = place.to(tl.int64) * (BLOCK * BLOCK) + (rows % BLOCK)[:, None] * BLOCK + inside[None, :]
+            w = tl.load(SOURCE + at)
+        else:
+            at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
+            w = tl.load(SOURCE + at, mask=(rows < out_features)[:, None] & (k < in_features)[None, :], other=0.0)
+        at = k[:, None] * RANK + r[None, :]
+        v = tl.load(V + at, mask=(k < in_features)[:, None] & (r < RANK)[None, :], other=0.0)
+        acc = tl.dot(w.to(tl.float32), v, acc, input_precision=PRECISION)
+    at = rows[:, None] * RANK + r[None, :]
+    if ADJOINT:
+        g_u = tl.load(G_U + at, mask=(rows < out_features)[:, None] & (r < RANK)[None, :], other=0.0)
+        acc = g_u.to(tl.float32) - acc
+    tl.store(OUTSIDE + at, acc, mask=(r < RANK)[None, :])
+
+
+@triton.jit
+def _kept_blocks(  # type: ignore[no-untyped-def]
+    W,  # (out, in)
+    U,  # (R * BLOCK, RANK) float32
+    V,  # (in, RANK)
+    BLOCKS,  # (nnz, BLOCK, BLOCK)
+    ROW,  # of each kept block
+    COL,
+    out_features,
+    in_features,
+    stride_out,
+    stride_in,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    slot = tl.program_id(0)
+    inside = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    across = tl.arange(0, BLOCK)
+    rows = tl.load(ROW + slot) * BLOCK + inside
+    k = tl.load(COL + slot) * BLOCK + across
+    at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
+    w = tl.load(W + at, mask=(rows < out_features)[:, None] & (k < in_features)[None, :], other=0.0)
+    kept = w.to(tl.float32) - _lowrank(U, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
+    at = slot.to(tl.int64) * (BLOCK * BLOCK) + inside[:, None] * BLOCK + across[None, :]
+    tl.store(BLOCKS + at, kept.to(BLOCKS.dtype.element_ty))
+
+
+@triton.jit
+def _dense(  # type: ignore[no-untyped-def]
+    GRADIENT,  # (out, in)
+    H,  # (R * BLOCK, RANK) float32
+    V,  # (in, RANK)
+    G_BLOCKS,  # (nnz, BLOCK, BLOCK)
+    SLOT,  # (R, C) the place of each block among the kept ones, or -1
+    out_features,
+    in_features,
+    stride_out,
+    stride_in,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    across = tl.arange(0, BLOCK)
+    k = tl.program_id(1) * BLOCK + across
+    slot = tl.load(SLOT + (tl.program_id(0) * BLOCK_M // BLOCK) * tl.num_programs(1) + tl.program_id(1))
+    if slot >= 0:
+        at = slot.to(tl.int64) * (BLOCK * BLOCK) + (rows % BLOCK)[:, None] * BLOCK + across[None, :]
+        tile = tl.load(G_BLOCKS + at).to(tl.float32)
+    else:
+        tile = _lowrank(H, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
+    at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
+    mask = (rows < out_features)[:, None] & (k < in_features)[None, :]
+    tl.store(GRADIENT + at, tile.to(GRADIENT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _lowrank(  # type: ignore[no-untyped-def]
+    U,
+    V,
+    rows,
+    k,
+    in_features,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """u v^T at these rows and columns: (BLOCK_M, BLOCK)."""
+    acc = tl.zeros((BLOCK_M, BLOCK), dtype=tl.float32)
+    for r0 in range(0, RANK, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        u = tl.load(U + rows[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        at = k[None, :] * RANK + r[:, None]
+        v = tl.load(V + at, mask=(k < in_features)[None, :] & (r < RANK)[:, None], other=0.0)
+        acc = tl.dot(u, v, acc, input_precision=PRECISION)
+    return acc
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+def applies(projector: Projector, weight: Tensor, part: torch.dtype) -> bool:
+    """Can it project this weight to blocks and u of dtype `part`?"""
+    rank, block = projector.v.shape[1], projector.support.block
+    fits = weight.dtype in _DTYPES and part in _DTYPES and rank > 0 and projector.support.nnz > 0
+    return fits and block >= 16 and block & (block - 1) == 0 and not _failures
+
+
+def project(projector: Projector, weight: Tensor, blocks: Tensor, u: Tensor) -> bool:
+    """Write P of the weight to blocks and u; False where the kernels cannot be compiled: then none is tried again."""
+    try:
+        with torch.cuda.device_of(weight):
+            _project(projector, weight, blocks, u)
+    except Exception as cause:
+        return _give_up(cause)
+    return True
+
+
+def adjoint(projector: Projector, gradient: Tensor, g_blocks: Tensor, g_u: Tensor) -> bool:
+    """Write the weight's gradient; False likewise."""
+    try:
+        with torch.cuda.device_of(gradient):
+            _adjoint(projector, gradient, g_blocks, g_u)
+    except Exception as cause:
+        return _give_up(cause)
+    return True
+
+
+def _give_up(cause: Exception) -> bool:
+    _failures.append(cause)
+    log.warning("pixelfly: the projection runs without its Triton kernels, more slowly: %s", cause)
+    return False
+
+
+def _project(projector: Projector, weight: Tensor, blocks: Tensor, u: Tensor) -> None:
+    support, v = projector.support, projector.v
+    launch = _launch(projector, weight)
+    outside = _outside(projector, weight, None, _elsewhere(support, v.device), weight, launch)
+    full = torch.bmm(outside, projector.gram_inv).flatten(0, 1)
+    u.copy_(full[: support.out_features])
+    _, col, row = _kept(support, v.device)
+    _kept_blocks[(support.nnz, support.block // launch.block_m)](
+        weight, full, v, blocks, row, col, *weight.shape, *weight.stride(), **_constants(projector, launch)
+    )
+
+
+def _adjoint(projector: Projector, gradient: Tensor, g_blocks: Tensor, g_u: Tensor) -> None:
+    support, v = projector.support, projector.v
+    launch = _launch(projector, gradient)
+    crow, col, _ = _kept(support, v.device)
+    outside = _outside(projector, g_blocks, g_u, (crow, col), gradient, launch)
+    h = torch.bmm(outside, projector.gram_inv).flatten(0, 1)
+    slots = _slots(support, v.device)
+    _dense[(len(h) // launch.block_m, support.block_cols)](
+        gradient, h, v, g_blocks, slots, *gradient.shape, *gradient.stride(), **_constants(projector, launch)
+    )
+
+
+def _outside(
+    projector: Projector,
+    source: Tensor,
+    g_u: Tensor | None,
+    met: tuple[Tensor, Tensor],
+    dense: Tensor,
+    launch: ProjectionLaunch,
+) -> Tensor:
+    """(R, BLOCK, RANK): what `_times_v` makes of the source and the blocks that are met."""
+    support, (_, rank) = projector.support, projector.v.shape
+    outside = projector.v.new_empty(support.block_rows, support.block, rank)
+    grid = (support.block_rows * (support.block // launch.rows), triton.cdiv(rank, launch.block_r))
+    constants = _constants(projector, launch) | {"BLOCK_M": launch.rows, "BLOCK_K": launch.block_k}
+    _times_v[grid](
+        source,
+        projector.v,
+        projector.v if g_u is None else g_u,
+        outside,
+        *met,
+        *dense.shape,
+        *dense.stride(),
+        ADJOINT=g_u is not None,
+        **constants,
+    )
+    return outside
+
+
+def _launch(projector: Projector, weight: Tensor) -> ProjectionLaunch:
+    return projection_launch(projector.support.block, projector.v.shape[1], gpu_of(weight.device))
+
+
+def _constants(projector: Projector, launch: ProjectionLaunch) -> dict[str, Any]:
+    return {
+        "RANK": projector.v.shape[1],
+        "BLOCK": projector.support.block,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_R": launch.block_r,
+        "PRECISION": launch.precision,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+
+
+def _kept(support: Support, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """crow (R + 1), col and row (nnz) of the kept blocks, as int32."""
+    sizes = (support.block_rows + 1, support.nnz, support.nnz)
+    index = support_index(support, device)
+    crow, col, row = index[: sum(sizes)].split(sizes)
+    return crow, col, row
+
+
+@lru_cache(maxsize=512)
+def _elsewhere(support: Support, device: torch.device) -> tuple[Tensor, Tensor]:
+    """crow (R + 1) and col of the blocks that are not kept, as int32."""
+    slots = _slots(support, torch.device("cpu")).numpy()
+    crow = np.concatenate([[0], np.cumsum((slots < 0).sum(1))])
+    col = np.nonzero(slots < 0)[1]
+    first, second = (torch.from_numpy(part.astype(np.int32)).to(device) for part in (crow, col))
+    return first, second
+
+
+@lru_cache(maxsize=512)
+def _slots(support: Support, device: torch.device) -> Tensor:
+    """(R, C) int32: the place of each block among the kept ones, or -1."""
+    slots = np.full((support.block_rows, support.block_cols), -1, dtype=np.int32)
+    slots[support.rows(), support.cols()] = np.arange(support.nnz)
+    return torch.from_numpy(slots).to(device)
