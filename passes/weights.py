@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,28 +43,50 @@ def qualified_name(source: str) -> tuple[str, str]:
     """(root, name): L['self']._modules['h']._modules['0'].lin.weight -> ("self", "h.0.lin.weight")."""
     root = _ROOT.match(source)
     rest = source[root.end() :] if root else source
-    tokens = [next(part for part in match if part) for match in _TOKEN.findall(_CLOSURE.sub("", rest))]
-    name = ".".join(token for token in tokens if token not in _PLUMBING)
+    name = ".".join(_tokens(_CLOSURE.sub("", rest)))
     base = root.group(1) if root else source
     return base, name or base
+
+
+def _tokens(source: str) -> list[str]:
+    tokens = (next(part for part in match if part) for match in _TOKEN.findall(source))
+    return [token for token in tokens if token not in _PLUMBING]
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
-def parameter_names(gm: GraphModule, example_inputs: Sequence[object]) -> dict[str, str]:
-    """Placeholder name -> parameter name, for every placeholder whose example input is a parameter.
+def parameter_names(
+    gm: GraphModule, example_inputs: Sequence[object], own: Mapping[int, str] | None = None
+) -> dict[str, str]:
+    """Placeholder name -> parameter name, for every placeholder whose example input is a parameter. No two are equal.
 
-    Names are relative to the module Dynamo saw as `self`; two roots with a parameter of the same name keep their root.
+    Names are relative to the module Dynamo saw as `self`; parameters of one name are told apart by their roots, or by
+    all of the way to them. `own`: names that are known, by the parameter's id.
     """
-    found: dict[str, tuple[str, str]] = {}
-    for node, value in zip(placeholders(gm), example_inputs, strict=False):
-        if isinstance(value, nn.Parameter):
-            source = source_name(node)
-            found[node.name] = qualified_name(source) if source else ("", node.name)
-    names = [name for _, name in found.values()]
-    return {key: name if names.count(name) == 1 else f"{root}.{name}" for key, (root, name) in found.items()}
+    spellings = {
+        node.name: (own[id(value)],) if own and id(value) in own else _spellings(node)
+        for node, value in zip(placeholders(gm), example_inputs, strict=False)
+        if isinstance(value, nn.Parameter)
+    }
+    names = {key: words[0] for key, words in spellings.items()}
+    for place in range(1, 4):
+        times = Counter(names.values())
+        names = {
+            key: name if times[name] == 1 else spellings[key][min(place, len(spellings[key]) - 1)]
+            for key, name in names.items()
+        }
+    return names
+
+
+def _spellings(node: Node) -> tuple[str, ...]:
+    """What a placeholder may be called, shortest first: a graph has no other of the last."""
+    source = source_name(node)
+    if not source:
+        return (node.name,)
+    root, name = qualified_name(source)
+    return name, f"{root}.{name}", ".".join([source[0], *_tokens(source)]), node.name
 
 
 def own_name(name: str) -> str:
@@ -74,11 +97,7 @@ def own_name(name: str) -> str:
 def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object], model: nn.Module) -> dict[str, str]:
     """As `parameter_names`, but with the model's own names, also where Dynamo saw only one of its submodules."""
     own = {id(parameter): own_name(name) for name, parameter in model.named_parameters()}
-    names = parameter_names(gm, example_inputs)
-    for node, value in zip(placeholders(gm), example_inputs, strict=False):
-        if id(value) in own:
-            names[node.name] = own[id(value)]
-    return names
+    return parameter_names(gm, example_inputs, own)
 
 
 # ---- parts of a weight ----

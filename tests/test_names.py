@@ -103,3 +103,21 @@ def test_a_layer_compiled_by_itself_has_the_name_that_the_model_gives_it(plans: 
     model.layers[1] = torch.compile(model.layers[1], backend="eager")
     torch.compile(model, backend="pixelfly", options={**OPTIONS, "exclude": "layers.1.*"})(x)
     assert sparse_names(plans) == {"head.weight"}
+
+
+def test_weights_that_a_function_closes_over_are_not_mixed_up() -> None:
+    a, b, x = nn.Linear(64, 64), nn.Linear(64, 64), torch.randn(8, 64)
+
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fn, self.inner = (lambda x: a(x) - b(x).sin()), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fn(self.inner(x))
+
+    model = Holds()
+    ours = torch.compile(model, backend="pixelfly", options=OPTIONS)(x)
+    projected = [project_(copy.deepcopy(one), plan(one, x, **OPTIONS)) for one in (model.inner, a, b)]
+    y = projected[0](x)
+    torch.testing.assert_close(ours, projected[1](y) - projected[2](y).sin(), rtol=1e-4, atol=1e-5)

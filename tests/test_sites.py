@@ -429,6 +429,33 @@ def test_two_roots_keep_their_names_apart() -> None:
     assert [site.name for site in found.sites] == ["a.weight", "b.weight"]
 
 
+G = nn.Linear(32, 48)
+
+
+def test_weights_of_one_name_and_one_root_are_told_apart_by_all_of_the_way_to_them() -> None:
+    a, b, c = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(32, 48)
+
+    def two(x: torch.Tensor) -> torch.Tensor:
+        return a(x) + b(x)
+
+    def run(fn: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return fn(x)
+
+    (found,) = found_in(run, two, X)
+    assert [site.name for site in found.sites] == ["L.fn.__closure__.0.weight", "L.fn.__closure__.1.weight"]
+    (found,) = found_in(run, lambda x: two(x) + c(x), X)
+    assert len({site.name for site in found.sites}) == len(found.sites) == 3
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        return G(x)
+
+    def step(G: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return G(x) - teacher(x)
+
+    (found,) = found_in(step, a, X)
+    assert [site.name for site in found.sites] == ["L.G.weight", "G.G.weight"]
+
+
 # ---- roles ----
 
 
