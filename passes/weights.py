@@ -359,6 +359,10 @@ def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
         return None
     if user.all_input_nodes != [node] and not _is_repeated(user, node):
         return None
+    if any(isinstance(argument, torch.dtype) for argument in (*user.args, *user.kwargs.values())):
+        return None  # the same bytes as other numbers
+    if is_call(user, (torch.as_strided,), "as_strided") and not _is_laid_out_as(value_of(node), view):
+        return None
     # How often a view is repeated may be symbolic, and does not matter.
     args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda source: view if source is node else 2)
     function = getattr(torch.Tensor, user.target, None) if isinstance(user.target, str) else user.target
@@ -382,9 +386,18 @@ def _stops_gradients(user: Node) -> bool:
     return is_call(user, (torch.detach,), "detach") or (is_call(user, (getattr,)) and user.args[1] == "data")
 
 
+def _is_laid_out_as(value: Tensor | None, view: Tensor) -> bool:
+    """Does the model's tensor lie in memory as its stand-in does? Other operations than `as_strided` do not see that."""
+    if value is None or value.shape != view.shape:
+        return False
+    return value.stride() == view.stride() and value.storage_offset() == view.storage_offset()
+
+
 def _is_view_of(result: object, view: Tensor) -> bool:
-    """Another tensor in the same memory: an operation in place returns the tensor itself."""
+    """Another tensor of the same numbers in the same memory: an operation in place returns the tensor itself."""
     if not isinstance(result, Tensor) or result is view or torch._C._functorch.is_functorch_wrapped_tensor(result):
+        return False
+    if result.dtype != view.dtype or result.is_neg() != view.is_neg():  # `view` is real: no conjugate is of its type
         return False
     return result.untyped_storage()._cdata == view.untyped_storage()._cdata
 

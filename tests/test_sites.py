@@ -159,6 +159,11 @@ def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone(
         (lambda x, w, b: x @ (w * 2), "`mul`"),
         (lambda x, w, b: x @ w.half().float(), "what another has rounded"),
         (lambda x, w, b: torch.tensordot(x, w, 0), "`tensordot`"),
+        (lambda x, w, b: x @ torch._neg_view(w), "`_neg_view`"),
+        (lambda x, w, b: x @ w.view(torch.int32).view(torch.float32), "`view`"),
+        (lambda x, w, b: x @ w.bfloat16().view(torch.float32), "`view`"),
+        (lambda x, w, b: x * torch.view_as_complex(w.unflatten(-1, (-1, 2)))[0, 0], "`view_as_complex`"),
+        (lambda x, w, b: x @ w.T.contiguous().as_strided((32, 48), (1, 32)), "`as_strided`"),
         (lambda x, w, b: torch.baddbmm(w.view(2, 16, 48), x[..., :16].mT, x.new_ones(2, 5, 48)), "`baddbmm`"),
     ],
 )
@@ -180,6 +185,14 @@ def test_a_matmul_that_must_stay_dense_is_a_site_with_a_reason(function: Callabl
     assert found.matches == ()
     assert reason in str(found.sites[0].reason)
     assert found.sites[0].rows > 0
+
+
+def test_as_strided_is_a_view_of_a_weight_that_lies_in_memory_as_it_is_indexed() -> None:
+    model = OneWeight(lambda x, w, b: x @ w.as_strided((32, 48), (48, 1)), 32, 48)
+    assert [site.name for site in found_in(model, X)[0].sites] == ["w"]
+    for weight in (torch.randn(48, 32).t(), torch.randn(1 + 32 * 48)[1:].view(32, 48)):
+        model.w = nn.Parameter(weight)
+        assert found_in(model, X)[0].sites == ()
 
 
 def test_in_a_product_of_two_parameters_the_right_one_is_the_weight() -> None:
