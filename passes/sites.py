@@ -35,6 +35,7 @@ from pixelfly_compiler.passes.weights import (
     called,
     is_call,
     is_cast,
+    may_write,
     overlap,
     parameter_names,
     placeholders,
@@ -281,8 +282,12 @@ def _describe(node: Node) -> str:
 
 
 def _is_lookup(use: Use) -> bool:
-    """An embedding lookup in this table: it stays dense, and does not stop the weight from being a site."""
+    """An embedding lookup in this table: it stays dense, and does not stop the weight from being a site. One with a
+    `max_norm` writes to the table.
+    """
     user = use.user
+    if may_write(user):
+        return False
     if is_call(user, (F.embedding, torch.embedding)):
         return use.operand in user.args[:2] or user.kwargs.get("weight") is use.operand
     return is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
@@ -290,14 +295,7 @@ def _is_lookup(use: Use) -> bool:
 
 def _is_dead(use: Use) -> bool:
     """Nodes that only look at the weight's metadata."""
-    return not use.user.users and use.user.op in ("call_function", "call_method") and not _mutates(use.user)
-
-
-def _mutates(node: Node) -> bool:
-    """May this node write to an argument? By its name, as PyTorch's are: `mul_`, `setitem`, `iadd`, or an `out`."""
-    name = called(node)
-    in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name == "setitem" or name.startswith("i") or "out" in node.kwargs
+    return not use.user.users and use.user.op in ("call_function", "call_method") and not may_write(use.user)
 
 
 # Part of an operation's name -> why it stays dense.
@@ -306,6 +304,7 @@ _HINTS = {  # by a word in the operation's name, the first that is in it
     "conv": "a convolution with groups, padding or windows that overlap",
     "bmm": "which multiplies with several matrices in a way pixelfly does not know",
     "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",
+    "embedding": "whose max_norm writes to the table",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
     "scan": "which takes it apart, or changes it, step by step",
     "map_impl": "which takes it apart",

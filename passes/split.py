@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.passes.open import put_code
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first
 from pixelfly_compiler.passes.sites import Match, matmuls
-from pixelfly_compiler.passes.weights import Scopes, is_call, uses, value_of
+from pixelfly_compiler.passes.weights import Scopes, is_call, may_write, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.
 _JOINS: dict[Any, int | None] = {
@@ -84,14 +84,20 @@ def _is_of_a_parameter(module: GraphModule, part: Node, join: Node) -> bool:
 
 
 def _matmuls_with(module: GraphModule, joined: Node) -> list[Match]:
-    """The matmuls with all of a joined weight, if nothing else uses it."""
+    """The matmuls with all of a joined weight, if nothing else uses it or may change what it is joined from."""
     value = value_of(joined)
     if value is None:
         return []
     shape = tuple(int(size) for size in value.shape)
     matches, others = matmuls(list(uses(module, joined, shape)), joined.name, shape, Scopes.of(module))
     whole = [match for match in matches if match.region is None and match.module is module]
-    return whole if len(whole) == len(matches) and not others else []
+    kept = len(whole) == len(matches) and not others and not any(_is_overtaken(joined, match.node) for match in whole)
+    return whole if kept else []
+
+
+def _is_overtaken(joined: Node, matmul: Node) -> bool:
+    """May a part be written to after it was joined, and before it is used?"""
+    return any(may_write(node) for node in matmul.graph.nodes if joined < node < matmul)
 
 
 def _split(match: Match, joined: _Joined) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import GraphModule, Node
@@ -282,6 +283,19 @@ def called(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def may_write(node: Node) -> bool:
+    """May this node write to an argument? By its schema, or its name, as PyTorch's are: `mul_`, `setitem`, `iadd`."""
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
+    name = called(node)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name == "setitem"
+    of_python = name.startswith("i") and getattr(operator, name, None) is node.target
+    by_request = "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    if is_call(node, (F.embedding, F.embedding_bag)):
+        by_request = (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None
+    return in_place or of_python or by_request or isinstance(node.target, HigherOrderOperator)
+
+
 def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
     """Every use of the parameter of this shape that `node` carries."""
     value = value_of(node)
@@ -387,7 +401,7 @@ def _stops_gradients(user: Node) -> bool:
 
 
 def _is_laid_out_as(value: Tensor | None, view: Tensor) -> bool:
-    """Does the model's tensor lie in memory as its stand-in does? Other operations than `as_strided` do not see that."""
+    """Does the model's tensor lie in memory as its stand-in does? No operation but `as_strided` sees that."""
     if value is None or value.shape != view.shape:
         return False
     return value.stride() == view.stride() and value.storage_offset() == view.storage_offset()

@@ -526,10 +526,24 @@ def test_vmap_inside_the_graph_remains() -> None:
     torch.testing.assert_close(result.y, expected(model, False, X), rtol=1e-4, atol=1e-4)
 
 
+@torch.library.custom_op("pixelfly_tests::double", mutates_args=("w",))
+def double(w: Tensor) -> None:
+    w.mul_(2)
+
+
 @pytest.mark.parametrize(
-    "write", [lambda w: w.mul_(2), lambda w: w.copy_(w * 2), lambda w: w.detach().mul_(2), lambda w: w[0].zero_()]
+    "write",
+    [
+        lambda w: w.mul_(2),
+        lambda w: w.copy_(w * 2),
+        lambda w: w.detach().mul_(2),
+        lambda w: w[0].zero_(),
+        lambda w: F.relu(w, inplace=True),
+        lambda w: F.embedding(torch.arange(3), w, max_norm=0.5),
+        double,
+    ],
 )
-def test_a_weight_that_the_model_writes_to_stays_dense(write: Callable[[Tensor], Tensor]) -> None:
+def test_a_weight_that_the_model_writes_to_stays_dense(write: Callable[[Tensor], object]) -> None:
     def function(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         with torch.no_grad():
             write(w)

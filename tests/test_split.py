@@ -97,6 +97,20 @@ def test_other_joined_weights_are_left_alone(function: Callable[..., Tensor]) ->
     assert found.matches == ()
 
 
+def test_a_part_that_is_written_to_after_it_was_joined_keeps_the_value_it_had() -> None:
+    def function(x: Tensor, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+        w = torch.cat([q, k])
+        with torch.no_grad():
+            q.detach().mul_(2)
+        return F.linear(x, w)
+
+    model = Joined(function, (32, 64), (48, 64), (1,))
+    expected = F.linear(X, torch.cat([model.q, model.k])).detach()
+    found, result = split(model, X)
+    torch.testing.assert_close(result, expected)
+    assert found.matches == ()
+
+
 def test_under_autocast_the_sites_have_its_type() -> None:
     def function(x: Tensor, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
