@@ -25,7 +25,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from pixelfly_compiler.kernels import grouped_ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.flops import hint
 from pixelfly_compiler.passes.forms import Step, same
-from pixelfly_compiler.passes.sites import Match, SiteConfig, parameter_of
+from pixelfly_compiler.passes.sites import Match, SiteConfig
 from pixelfly_compiler.passes.weights import (
     Region,
     SubGraphs,
@@ -268,7 +268,7 @@ class _Inputs:
 
     def get(self, part: str, match: Match, config: SiteConfig) -> Node:
         """The placeholder, in the graph of `match`, of one part of its compact weight."""
-        position = self.weights[parameter_of(match.site)]
+        position = self.weights[match.parameter]
         key = CompactInput(part, position, config, match.transposed, match.dtype, match.region)
         if part == "index":
             key = self._shared.setdefault((part, match.out_features, match.in_features, config), key)

@@ -109,28 +109,24 @@ class Site:
     @property
     def parameter(self) -> str:
         """The name of the parameter."""
-        return parameter_of(self.name)
+        return self.name.removesuffix(self.label)
 
     @property
     def label(self) -> str:
-        """The indices of its part of the parameter, if it is one."""
-        return self.name.removeprefix(self.parameter)
-
-
-def parameter_of(name: str) -> str:
-    """The parameter in the name of a site: attn.in_proj_weight[64:128] -> attn.in_proj_weight."""
-    return name.partition("[")[0]
+        """The indices of its part of the parameter, if it is one. A parameter's own name may look as if it had some."""
+        return "" if self.region is None else self.region.label(self.weight_shape)
 
 
 @dataclass(frozen=True)
 class Match:
-    """One matmul node of site `site`, as `Operands` puts it.
+    """One matmul node of site `site`, of all or a part of `parameter`, as `Operands` puts it.
 
     `weight` is the node that it multiplies with. The parameter, or its part `region`, is stored (in, out) if
     `transposed`. `matrices` is None where the weight is a matrix, and how many where it holds several.
     """
 
     site: str
+    parameter: str
     module: GraphModule
     node: Node
     x: Node
@@ -194,6 +190,7 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
     return Match(
         site=name + region.label(shape),
+        parameter=name,
         module=use.module,
         node=use.user,
         x=operands.x,  # type: ignore[arg-type]  # `operands_of` has seen that it is a node

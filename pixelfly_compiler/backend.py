@@ -36,7 +36,7 @@ from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites, parameter_of
+from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import placeholders
 from pixelfly_compiler.plan import make_plan
@@ -78,7 +78,7 @@ def pixelfly(
         return inductor(gm, example_inputs, patches)
     if not configs:
         return announcer.watch(inductor(gm, example_inputs, patches), plan, origin.whole)
-    planned = {name: example_inputs[weights[parameter_of(name)]] for name in configs}
+    planned = {site.name: example_inputs[weights[site.parameter]] for site in found.sites if site.name in configs}
     _check_basis(plan, list(planned.values()))
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteError
 from pixelfly_compiler.kernels.support import Support
-from pixelfly_compiler.passes.sites import Site, SiteConfig, parameter_of
+from pixelfly_compiler.passes.sites import Site, SiteConfig
 from pixelfly_compiler.passes.weights import Region
 
 VERSION = 2
@@ -48,7 +48,7 @@ class Entry:
     @property
     def parameter(self) -> str:
         """The name of the parameter: that of the entry, without the indices of a part."""
-        return parameter_of(self.name)
+        return self.name if self.region is None else self.name.removesuffix(self.region.label(self.weight_shape))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Entry:

@@ -37,7 +37,7 @@ from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import DENSIFY, fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, erase_unused, rewrite
-from pixelfly_compiler.passes.sites import find_sites, parameter_of
+from pixelfly_compiler.passes.sites import find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import parameter_names_by_identity, placeholders
 from pixelfly_compiler.plan import make_plan
@@ -198,7 +198,8 @@ class _Lifted:
         configs = sparse_configs(found, plan)
         if not configs:
             return plan
-        announcer.sparse(plan, found, {name: weights[parameter_of(name)] for name in configs}, whole=True)
+        sparse = {site.name: weights[site.parameter] for site in found.sites if site.name in configs}
+        announcer.sparse(plan, found, sparse, whole=True)
         rewritten = rewrite(self.gm, found.matches, configs, positions, share_basis=plan.basis == "fixed")
         compact = CompactInputs(rewritten.added, CompactWeights(), plan.basis)
         with torch.no_grad():

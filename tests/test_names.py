@@ -12,7 +12,9 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from pixelfly_compiler import backend
 from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.export import export
 from pixelfly_compiler.plan import plan, project_
+from pixelfly_compiler.sparsify import sparsify_
 
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True}
 
@@ -121,3 +123,30 @@ def test_weights_that_a_function_closes_over_are_not_mixed_up() -> None:
     projected = [project_(copy.deepcopy(one), plan(one, x, **OPTIONS)) for one in (model.inner, a, b)]
     y = projected[0](x)
     torch.testing.assert_close(ours, projected[1](y) - projected[2](y).sin(), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_of_modules_and_parameters_may_look_like_indices() -> None:
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.ModuleDict({"3x3[a]": nn.Linear(64, 64)})
+            self.p = nn.ParameterDict({"w[0]": torch.randn(128, 64) / 8})
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.m["3x3[a]"](x)
+            return x @ self.p["w[0]"][:64] + x.sin() @ self.p["w[0]"][64:]
+
+    model, x = Keys(), torch.randn(8, 64)
+    made = plan(model, x, **OPTIONS)
+    assert [(entry.name, entry.parameter) for entry in made.sparse] == [
+        ("m.3x3[a].weight", "m.3x3[a].weight"),
+        ("p.w[0][0:64]", "p.w[0]"),
+        ("p.w[0][64:128]", "p.w[0]"),
+    ]
+    ours = torch.compile(model, backend="pixelfly", options=OPTIONS)(x)
+    exact = project_(copy.deepcopy(model), made)(x)
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    program = export(model, (x,), **OPTIONS)
+    torch.testing.assert_close(program.module()(x), exact, rtol=1e-4, atol=1e-5)
+    compact = sparsify_(model, x, exclude="p.*", **OPTIONS)
+    assert compact.m["3x3[a]"].weight.shape == (64, 64)
