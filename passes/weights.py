@@ -143,20 +143,39 @@ class Region:
         return self == Region.whole(shape)
 
     def box(self, shape: Sequence[int]) -> tuple[range, ...]:
-        """The least box of a parameter's indices around this region."""
-        last = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
-        corners = zip(_unravel(self.offset, shape), _unravel(last, shape), strict=True)
-        return tuple(range(low, high + 1) for low, high in corners)
+        """The least box of a parameter's indices around this region; a larger one if the region runs over the end of a
+        row.
+        """
+        if 0 in self.size:
+            return tuple(range(0) for _ in shape)
+        first = _unravel(self.offset, shape)
+        last = list(first)
+        for size, stride in zip(self.size, self.stride, strict=True):
+            last = [index + (size - 1) * step for index, step in zip(last, _unravel(stride, shape), strict=True)]
+        if any(index >= size for index, size in zip(last, shape, strict=True)):
+            end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
+            return _lines(first, _unravel(end, shape), shape)
+        return tuple(range(low, high + 1) for low, high in zip(first, last, strict=True))
 
     def is_box(self, shape: Sequence[int]) -> bool:
         return math.prod(map(len, self.box(shape))) == math.prod(self.size)
 
     def label(self, shape: Sequence[int]) -> str:
         """As Python would index it: "" for all of it, "[64:128]" for some of its rows, "[3]" for one matrix of many."""
+        if self.is_all_of(shape):
+            return ""
         texts = [_index(indices, size) for indices, size in zip(self.box(shape), shape, strict=True)]
         while texts and texts[-1] == ":":
             texts.pop()
         return f"[{', '.join(texts)}]" if texts else ""
+
+
+def _lines(first: Sequence[int], last: Sequence[int], shape: Sequence[int]) -> tuple[range, ...]:
+    """The box around all that is stored from one element to another."""
+    pairs = list(zip(first, last, strict=True))
+    place = next((place for place, (low, high) in enumerate(pairs) if low != high), len(pairs) - 1)
+    whole = [range(size) for size in shape[place + 1 :]]
+    return (*(range(low, high + 1) for low, high in pairs[: place + 1]), *whole)
 
 
 def _unravel(offset: int, shape: Sequence[int]) -> list[int]:

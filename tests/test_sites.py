@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,13 +10,15 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import grad, vmap
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from pixelfly_compiler.passes.sites import Found, Match, find_sites, ineligible
-from pixelfly_compiler.passes.weights import qualified_name
+from pixelfly_compiler.passes.weights import Region, qualified_name
 
 
 def found_in(
@@ -178,6 +181,8 @@ def test_other_uses_are_passed_over_with_the_reason(function: Callable[..., Any]
     [
         (lambda x, w, b: x @ w + w.sum(), "also used by `sum`"),
         (lambda x, w, b: (x @ w) @ w.T, "both orientations"),
+        (lambda x, w, b: x @ w[:, :32] + w.view(-1)[30:49].sum(), "also used by `sum`"),
+        (lambda x, w, b: x @ w[:, :16] + w.view(-1)[20:130].sum(), "also used by `sum`"),
     ],
 )
 def test_a_matmul_that_must_stay_dense_is_a_site_with_a_reason(function: Callable[..., Any], reason: str) -> None:
@@ -318,6 +323,22 @@ def test_parts_of_a_weight_are_sites_named_as_python_indexes_them() -> None:
         ("w[0:48, 32:64]", True, None),
     ]
     assert {site.parameter for site in found.sites} == {"w"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_a_region_lies_in_its_box(data: st.DataObject, shape: list[int]) -> None:
+    count = math.prod(shape)
+    size, stride, last = [], [], data.draw(st.integers(0, count - 1), "offset")
+    offset = last
+    for _ in range(data.draw(st.integers(1, 3), "dimensions")):
+        stride.append(data.draw(st.integers(0, count), "stride"))
+        size.append(data.draw(st.integers(1, 1 + (count - 1 - last) // stride[-1] if stride[-1] else 3), "size"))
+        last += (size[-1] - 1) * stride[-1]
+    elements = torch.arange(count).as_strided(size, stride, offset).flatten().tolist()
+    box = Region(tuple(size), tuple(stride), offset).box(shape)
+    inside = torch.arange(count).view(shape)[tuple(slice(part.start, part.stop) for part in box)].flatten().tolist()
+    assert set(elements) <= set(inside)
 
 
 def test_what_is_computed_from_a_weight_and_never_used_is_in_no_ones_way() -> None:
