@@ -99,6 +99,7 @@ class Site:
     region: Region | None = None
     matrices: int = 1  # that the weight holds; each row meets one of them
     modules: tuple[str, ...] = ()  # that multiply with it; "" is the one that Dynamo saw as `self`
+    other_flops: int = 0  # of what else multiplies with it
     nodes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -115,6 +116,11 @@ class Site:
     def label(self) -> str:
         """The indices of its part of the parameter, if it is one. A parameter's own name may look as if it had some."""
         return "" if self.region is None else self.region.label(self.weight_shape)
+
+    @property
+    def box(self) -> tuple[range, ...]:
+        """The indices of the parameter that it uses, or more."""
+        return (self.region or Region.whole(self.weight_shape)).box(self.weight_shape)
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,13 @@ _COMPUTED = (
 )
 
 
+BOTH_ORIENTATIONS = "the weight is used in both orientations (W and its transpose)"
+
+
+def overlapping(site: str, other: str) -> str:
+    return f"matmuls use parts of the weight that overlap: {site} and {other}"
+
+
 class _Weight:
     """One parameter of a graph: its uses, sorted into matmuls, lookups and others."""
 
@@ -333,9 +346,10 @@ class _Weight:
         self.matches = [match for match in self.matches if match.node not in nodes]
         self.others += [use for use in self.uses if use.user in nodes]
 
-    def sites(self) -> list[Site]:
+    def sites(self, other_flops: int) -> list[Site]:
         names = dict.fromkeys(match.site for match in self.matches)
-        return [self._site([match for match in self.matches if match.site == name]) for name in names]
+        sites = [self._site([match for match in self.matches if match.site == name]) for name in names]
+        return [replace(sites[0], other_flops=other_flops), *sites[1:]] if sites else []
 
     def _site(self, matches: Sequence[Match]) -> Site:
         first, modules = matches[0], _modules(matches)
@@ -373,11 +387,11 @@ class _Weight:
         if not first.is_box(self.shape):
             return "a part of the weight with gaps"
         if any(match.transposed != matches[0].transposed for match in matches):
-            return "the weight is used in both orientations (W and its transpose)"
+            return BOTH_ORIENTATIONS
         for other in self.matches:
             region = self._region(other)
             if region != first and overlap(box, region.box(self.shape)):
-                return f"matmuls use parts of the weight that overlap: {matches[0].site} and {other.site}"
+                return overlapping(matches[0].site, other.site)
         return None
 
     def skipped(self, flops: int) -> Skipped:
@@ -461,10 +475,10 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     matches = [match for weight in weights.values() for match in weight.matches]
     stored = [*parameters, *_buffers(gm, example_inputs)]
     flops = other_flops(gm, {node: node in weights for node in stored}, {match.node for match in matches})
-    sites = [site for weight in weights.values() for site in weight.sites()]
+    sites = [site for node, weight in weights.items() for site in weight.sites(flops[node])]
     nodes = {site.name: [match.node for match in matches if match.site == site.name] for site in sites}
     roles = assign_roles(gm, [(site.name, site.weight_shape, nodes[site.name]) for site in sites])
     sites = [replace(site, role=roles[site.name]) for site in sites]
     eligible = {site.name for site in sites if site.reason is None}
-    skipped = [weight.skipped(flops[node]) for node, weight in weights.items() if not weight.matches or flops[node]]
+    skipped = [weight.skipped(flops[node]) for node, weight in weights.items() if not weight.matches]
     return Found(tuple(sites), tuple(match for match in matches if match.site in eligible), tuple(skipped))

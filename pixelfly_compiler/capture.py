@@ -17,9 +17,9 @@ from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 
 from pixelfly_compiler.passes.open import open_composites
-from pixelfly_compiler.passes.sites import Found, Site, Skipped, find_sites
+from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity
+from pixelfly_compiler.passes.weights import overlap, own_name, parameter_names_by_identity
 
 Record = tuple[GraphModule, tuple[Any, ...]]
 _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)
@@ -137,15 +137,15 @@ def merge(found: Sequence[Found]) -> Found:
             if item.name in skipped:
                 item = _merge_skipped(skipped[item.name], item)
             skipped[item.name] = item
-    for name in [name for name in skipped if name in sites]:
-        item = skipped[name]
-        site = sites[name]
-        if not item.flops:
-            del skipped[name]
-        if item.lookup:
-            sites[name] = replace(site, shared=True)
-        elif item.used and site.reason is None:
-            sites[name] = replace(site, reason=f"in another graph: {item.reason}")
+    parts: dict[str, list[Site]] = {}
+    for site in sites.values():
+        parts.setdefault(site.parameter, []).append(site)
+    for name, of_one in parts.items():
+        elsewhere = skipped.pop(name, None)
+        sites |= {site.name: _with_other_uses(_dense_if_overlapped(site, of_one), elsewhere) for site in of_one}
+        if elsewhere is not None:
+            first = sites[of_one[0].name]
+            sites[first.name] = replace(first, other_flops=first.other_flops + elsewhere.flops)
     matches = tuple(match for one in found for match in one.matches)
     return Found(tuple(sites.values()), matches, tuple(skipped.values()))
 
@@ -183,6 +183,22 @@ def _with_unseen_lookups(found: Found, model: nn.Module) -> Found:
     return replace(found, sites=sites)
 
 
+def _with_other_uses(site: Site, item: Skipped | None) -> Site:
+    """`item`: how a graph without matmuls with the weight uses it."""
+    if item is not None and item.lookup:
+        return replace(site, shared=True)
+    if item is not None and item.used and site.reason is None:
+        return replace(site, reason=f"in another graph: {item.reason}")
+    return site
+
+
+def _dense_if_overlapped(site: Site, parts: Sequence[Site]) -> Site:
+    other = next((part for part in parts if part is not site and overlap(part.box, site.box)), None)
+    if other is None or site.reason is not None:
+        return site
+    return replace(site, reason=overlapping(site.name, other.name))
+
+
 def _merge_skipped(a: Skipped, b: Skipped) -> Skipped:
     """Elsewhere unused or a lookup says less than any other reason."""
     return replace(b if a.lookup or not a.used else a, flops=a.flops + b.flops)
@@ -191,7 +207,9 @@ def _merge_skipped(a: Skipped, b: Skipped) -> Skipped:
 def _merge_sites(a: Site, b: Site) -> Site:
     reason = a.reason or b.reason
     if reason is None and a.transposed != b.transposed:
-        reason = "the weight is used in both orientations (W and its transpose)"
+        reason = BOTH_ORIENTATIONS
+    if reason is None and a.region != b.region:
+        reason = overlapping(a.name, b.name)
     rows_expr = a.rows_expr if b.rows_expr == "0" else f"{a.rows_expr} + {b.rows_expr}"
     return replace(
         a,
@@ -199,6 +217,7 @@ def _merge_sites(a: Site, b: Site) -> Site:
         rows_expr=str(a.rows + b.rows) if rows_expr.replace(" + ", "").isdigit() else rows_expr,
         uses=a.uses + b.uses,
         shared=a.shared or b.shared,
+        other_flops=a.other_flops + b.other_flops,
         modules=tuple(dict.fromkeys(a.modules + b.modules)),
         reason=reason,
     )

@@ -256,6 +256,7 @@ def _site_entry(site: Site, config: SiteConfig | None, reason: str | None, devic
         speedup=speedup,
         region=site.region,
         matrices=site.matrices,
+        other_flops=site.other_flops,
     )
 
 

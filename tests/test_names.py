@@ -150,3 +150,27 @@ def test_keys_of_modules_and_parameters_may_look_like_indices() -> None:
     torch.testing.assert_close(program.module()(x), exact, rtol=1e-4, atol=1e-5)
     compact = sparsify_(model, x, exclude="p.*", **OPTIONS)
     assert compact.m["3x3[a]"].weight.shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("second", "reason"),
+    [
+        (lambda x, w: x[:, :64] @ w[:, 32:], "parts of the weight that overlap: w[:, 0:64] and w[:, 32:96]"),
+        (lambda x, w: x @ w.view(96, 64), "parts of the weight that overlap: w[:, 0:64] and w"),
+        (lambda x, w: x + w.sum(), "in another graph: used by `sum`"),
+    ],
+)
+def test_uses_of_a_part_on_both_sides_of_a_break_agree_or_the_weight_is_dense(second: Any, reason: str) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(64, 96) / 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            x = x @ self.w[:, :64]
+            torch._dynamo.graph_break()
+            return x, second(y, self.w)
+
+    model, args = Broken(), (torch.randn(8, 64), torch.randn(8, 96))
+    made = plan(model, args, **OPTIONS)
+    assert not made.sparse and reason in str(made["w[:, 0:64]"].reason)

@@ -463,6 +463,24 @@ def test_a_plan_does_not_make_what_is_compiled_later_dynamic() -> None:
     assert not sizes
 
 
+def test_a_weight_that_makes_another_is_a_site_and_the_flops_of_that_are_listed_with_it() -> None:
+    class Generated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.h, self.z = nn.Linear(32, 64 * 32), nn.Parameter(torch.randn(32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.h(self.z).view(64, 32)
+
+    model, x = Generated(), torch.randn(24, 64)
+    made = plan(model, x, budget=0.5, force=True, device=DEVICE)
+    (entry,) = made
+    assert (entry.name, entry.rows, entry.other_flops, entry.shared) == ("h.weight", 1, 2 * 24 * 64 * 32, False)
+    assert made.find("h.weight") == made.sparse[0]
+    dense = model.h.weight.detach().clone()
+    assert not torch.equal(project_(model, made).h.weight, dense)
+
+
 def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
     class Broken(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
