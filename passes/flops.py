@@ -6,6 +6,7 @@ weight.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import is_call, placeholders, sub_graphs
+from pixelfly_compiler.passes.weights import is_call, only_looks, placeholders, sub_graphs, value_of
 
 
 def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
@@ -35,7 +36,8 @@ def _add_flops(
 ) -> None:
     """`origins`: each node that is computed from parameters alone -> a weight among them, if there is one."""
     for node in module.graph.nodes:
-        sources = [origins[source] for source in node.all_input_nodes if source in origins]
+        inputs = _read(node)
+        sources = [origins[source] for source in inputs if source in origins]
         if not sources or node.op == "output":
             continue
         if (inside := sub_graphs(module, node)) is not None:
@@ -45,10 +47,19 @@ def _add_flops(
                 _add_flops(body, within, matched, flops, times * inside.times)
             continue
         origin = next((source for source in sources if source is not None), None)
-        if len(sources) == len(node.all_input_nodes):
+        if len(sources) == len(inputs):
             origins[node] = origin
         if node not in matched and origin is not None:
             flops[origin] += times * flops_of(node)
+
+
+def _read(node: Node) -> list[Node]:
+    """What a node reads numbers from; of matrices that an index picks, the matrices: they are a weight as before."""
+    inputs = [source for source in node.all_input_nodes if not only_looks(node, source)]
+    if is_call(node, (operator.getitem, torch.index_select), "index_select"):
+        value = value_of(node.args[0])
+        return inputs[:1] if value is not None and value.dim() > 2 else inputs
+    return inputs
 
 
 def flops_of(node: Node) -> int:

@@ -36,6 +36,7 @@ from pixelfly_compiler.passes.weights import (
     is_call,
     is_cast,
     may_write,
+    only_looks,
     overlap,
     parameter_names,
     placeholders,
@@ -296,9 +297,12 @@ def _is_lookup(use: Use) -> bool:
     return is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
 
 
-def _is_dead(use: Use) -> bool:
-    """Nodes that only look at the weight's metadata."""
-    return not use.user.users and use.user.op in ("call_function", "call_method") and not may_write(use.user)
+def _reads_nothing(use: Use) -> bool:
+    """Nodes that only look at the weight's metadata, or that nothing needs."""
+    user = use.user
+    if user.op not in ("call_function", "call_method") or may_write(user):
+        return False
+    return not user.users or only_looks(user, use.operand)
 
 
 # Part of an operation's name -> why it stays dense.
@@ -307,6 +311,7 @@ _HINTS = {  # by a word in the operation's name, the first that is in it
     "conv": "a convolution with groups, padding or windows that overlap",
     "bmm": "which multiplies with several matrices in a way pixelfly does not know",
     "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",
+    "getitem": "with an index that pixelfly does not follow",
     "embedding": "whose max_norm writes to the table",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
     "scan": "which takes it apart, or changes it, step by step",
@@ -332,10 +337,11 @@ class _Weight:
 
     def __init__(self, gm: GraphModule, node: Node, value: torch.Tensor, name: str, scopes: Scopes) -> None:
         self.name, self.shape, self.value = name, tuple(int(size) for size in value.shape), value
-        self.uses = [use for use in uses(gm, node, self.shape) if not _is_dead(use)]
+        self.uses = [use for use in uses(gm, node, self.shape) if not _reads_nothing(use)]
         self.matches, rest = matmuls(self.uses, name, self.shape, scopes)
         self.others = [use for use in rest if not _is_lookup(use)]
         self.scopes = scopes
+        self.factors: set[Node] = set()  # matmuls of which another parameter is taken for the weight
 
     @property
     def looked_up(self) -> bool:
@@ -345,6 +351,7 @@ class _Weight:
         """These matmuls are another weight's, and this parameter is what is multiplied with it."""
         self.matches = [match for match in self.matches if match.node not in nodes]
         self.others += [use for use in self.uses if use.user in nodes]
+        self.factors = set(nodes)
 
     def sites(self, other_flops: int) -> list[Site]:
         names = dict.fromkeys(match.site for match in self.matches)
@@ -411,7 +418,9 @@ class _Weight:
         if user in self.scopes.differentiated:
             return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
-        if is_cast(user):
+        if user in self.factors:
+            hint = "of which another parameter is taken for the weight"
+        elif is_cast(user):
             hint = "a cast of what another has rounded, or to another device or kind of number"
         elif hint is None:
             hint = _COMPUTED if multiplies and not flops_of(user) else "not by a matmul pixelfly knows"

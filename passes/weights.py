@@ -315,6 +315,20 @@ def may_write(node: Node) -> bool:
     return in_place or of_python or by_request or isinstance(node.target, HigherOrderOperator)
 
 
+_LIKE = (torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like)
+_NEW = ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+_TURNED_INTO = ("to", "type_as", "view_as", "expand_as", "reshape_as")
+
+
+def only_looks(user: Node, operand: Node) -> bool:
+    """Does this operation ask only what shape, type or device the operand has: `w.new_zeros(n)`, `x.type_as(w)`?"""
+    made, turned = is_call(user, _LIKE, *_NEW), is_call(user, (), *_TURNED_INTO)
+    place = 0 if made else 1
+    if not (made or turned) or len(user.args) <= place or user.args[place] is not operand:
+        return False
+    return tree_leaves((user.args, user.kwargs)).count(operand) == 1
+
+
 def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]:
     """Every use of the parameter of this shape that `node` carries."""
     value = value_of(node)

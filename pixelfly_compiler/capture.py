@@ -150,10 +150,13 @@ def merge(found: Sequence[Found]) -> Found:
     return Found(tuple(sites.values()), matches, tuple(skipped.values()))
 
 
-_UNSEEN = (
-    "in no graph: not used, or run outside of compiled code, as TORCH_LOGS=graph_breaks tells (a loop over experts is: "
-    "in transformers choose model.set_experts_implementation('grouped_mm'))"
-)
+def _why_unseen(model: nn.Module, name: str) -> str:
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.RNNBase):
+        return "in no graph: Dynamo runs nn.LSTM, nn.GRU and nn.RNN outside of compiled code, but not loops over cells"
+    reason = "in no graph: not used, or run outside of compiled code, as TORCH_LOGS=graph_breaks tells"
+    if "expert" in name:
+        reason += ". A loop over experts is: in transformers choose model.set_experts_implementation('grouped_mm')"
+    return reason
 
 
 def _with_the_unseen(found: Found, model: nn.Module) -> Found:
@@ -162,7 +165,7 @@ def _with_the_unseen(found: Found, model: nn.Module) -> Found:
     listed += [(item.name, *item.aliases) for item in found.skipped]
     known = {name for names in listed for name in names}
     unseen = tuple(
-        Skipped(own_name(name), tuple(weight.shape), _UNSEEN, used=False)
+        Skipped(own_name(name), tuple(weight.shape), _why_unseen(model, name), used=False)
         for name, weight in model.named_parameters()
         if own_name(name) not in known and not is_lazy(weight) and weight.dim() >= 2
     )

@@ -11,6 +11,11 @@ from pixelfly_compiler.decision import REPLAN, Entry
 from pixelfly_compiler.errors import PlanMismatchError
 from pixelfly_compiler.passes.weights import own_name
 
+_REGISTER = (
+    "if it is the model's, but in a list, a dict or a function, so that model.parameters() has not got it either, put "
+    "it in an nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+)
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -47,7 +52,9 @@ def planned(model: nn.Module, entries: Iterable[Entry]) -> list[tuple[Entry, lis
     for entry in entries:
         holders = held_by.get(entry.parameter)
         if holders is None:
-            raise PlanMismatchError("the model has no such weight", site=entry.name, next_step=REPLAN)
+            raise PlanMismatchError(
+                "the model has no such weight among its parameters", site=entry.name, next_step=f"{REPLAN}; {_REGISTER}"
+            )
         check_shape(entry.name, holders[0].weight.shape, entry.weight_shape, "in the plan")
         found.append((entry, holders))
     return found

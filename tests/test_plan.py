@@ -481,6 +481,31 @@ def test_a_weight_that_makes_another_is_a_site_and_the_flops_of_that_are_listed_
     assert not torch.equal(project_(model, made).h.weight, dense)
 
 
+def test_a_weight_that_is_not_registered_is_told_so() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    hidden = [nn.Linear(64, 64)]
+    model.forward = lambda x: hidden[0](model[0](x))  # type: ignore[method-assign]
+    made = plan(model, torch.randn(8, 64), budget=0.5, force=True, device=DEVICE)
+    assert len(made.sparse) == 2
+    for verb in (project_, rescale_):
+        with pytest.raises(PlanMismatchError, match=r"model\.parameters\(\) has not got it"):
+            verb(model, made)
+
+
+def test_weights_in_no_graph_say_where_they_may_be() -> None:
+    class Unseen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.experts, self.used = nn.GRU(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    made = plan(Unseen(), torch.randn(8, 64), device=DEVICE)
+    assert "nn.LSTM" in str(made["rnn.weight_ih_l0"].reason)
+    assert "grouped_mm" in str(made["experts.weight"].reason)
+
+
 def test_graph_breaks_and_shared_code_keep_names_and_count_every_layer() -> None:
     class Broken(Mlp):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -207,7 +207,8 @@ def test_in_a_product_of_two_parameters_the_right_one_is_the_weight() -> None:
     (found,) = found_in(model, X)
     assert [(site.name, site.rows, site.reason) for site in found.sites] == [("w", 32, None)]
     assert len(found.matches) == 1
-    assert [(item.name, "`matmul`" in item.reason) for item in found.skipped] == [("left", True)]
+    assert [item.name for item in found.skipped] == ["left"]
+    assert found.skipped[0].reason == "used by `matmul`, of which another parameter is taken for the weight"
 
 
 class _Product(torch.autograd.Function):
@@ -344,6 +345,22 @@ def test_a_region_lies_in_its_box(data: st.DataObject, shape: list[int]) -> None
 def test_what_is_computed_from_a_weight_and_never_used_is_in_no_ones_way() -> None:
     (found,) = found_in(OneWeight(lambda x, w, b: (w.sum(), x @ w)[1], 32, 48), X)
     assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: x @ w + w.new_zeros(48),
+        lambda x, w, b: x @ w + torch.zeros_like(w)[0],
+        lambda x, w, b: x.type_as(w) @ w,
+        lambda x, w, b: x.to(w) @ w,
+        lambda x, w, b: x @ w + b.expand(32, 48).reshape_as(w)[0],
+        lambda x, w, b: x @ w + x.new_zeros(32, 48).view_as(w.T.mT)[0],
+    ],
+)
+def test_a_use_that_reads_no_numbers_is_in_no_ones_way(function: Callable[..., Any]) -> None:
+    (found,) = found_in(OneWeight(function, 32, 48), X)
+    assert [(site.name, site.reason, site.other_flops) for site in found.sites] == [("w", None, 0)]
 
 
 def test_a_weight_times_itself_is_no_site() -> None:
@@ -639,6 +656,17 @@ def test_an_index_from_data_picks_from_all_matrices_and_a_constant_a_part() -> N
     assert ends(torch.randn(5, 32), torch.tensor(1)).tolist() == [0, 5, 5]
     (constant,) = found_in(Experts(3, 48, 32), torch.randn(5, 32), 1)
     assert [site.name for site in constant.sites] == ["w[1]"]
+
+
+def test_several_matrices_for_each_row_are_dense_with_the_reason_and_their_flops_count() -> None:
+    class TopK(Experts):
+        def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
+            return torch.einsum("bk,bekn->ben", x, self.w[index])
+
+    (found,) = found_in(TopK(3, 32, 48), torch.randn(5, 32), torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]]))
+    assert not found.sites
+    assert [(item.name, item.flops) for item in found.skipped] == [("w", 2 * 5 * 2 * 32 * 48)]
+    assert "an index that pixelfly does not follow" in found.skipped[0].reason
 
 
 @pytest.mark.parametrize(
