@@ -311,6 +311,8 @@ _HINTS = {  # by a word in the operation's name, the first that is in it
     "conv": "a convolution with groups, padding or windows that overlap",
     "bmm": "which multiplies with several matrices in a way pixelfly does not know",
     "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",
+    "view_as_complex": "which makes complex numbers of it",
+    "as_strided": "which sees it as it lies in memory",
     "getitem": "with an index that pixelfly does not follow",
     "embedding": "whose max_norm writes to the table",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",

@@ -64,11 +64,12 @@ def project_(model: nn.Module, plan: Plan, basis: str | None = None) -> nn.Modul
     own, and the lookup keeps W.
     """
     for entry, holders in planned(_unwrapped(model), plan.sparse):
-        weight = holders[0].weight
+        users = _heads(holders, entry) if entry.shared else holders
+        weight = users[0].weight  # of a head it is its own already if another part of it was projected before
         projected = project(weight, entry, basis or plan.basis)
         if entry.shared:
             own = nn.Parameter(projected, requires_grad=weight.requires_grad)
-            for head in _heads(holders, entry):
+            for head in users:
                 setattr(head.module, head.attribute, own)
         else:
             weight.copy_(projected)

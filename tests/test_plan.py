@@ -481,6 +481,24 @@ def test_a_weight_that_makes_another_is_a_site_and_the_flops_of_that_are_listed_
     assert not torch.equal(project_(model, made).h.weight, dense)
 
 
+def test_each_part_of_a_tied_head_is_projected() -> None:
+    class Chunks(Tied):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x, (a, b) = self.emb(ids), self.head.weight.chunk(2)
+            return torch.cat([F.linear(x, a), F.linear(x, b)], -1)
+
+    model = Chunks()
+    dense = model.emb.weight.detach().clone()
+    made = plan(model, torch.arange(8), budget=0.5, force=True, device=DEVICE)
+    expected = dense
+    for entry in made.sparse:
+        expected = project(expected, entry)
+    assert len(made.sparse) == 2
+    project_(model, made)
+    assert torch.equal(model.head.weight, expected)
+    assert torch.equal(model.emb.weight, dense)
+
+
 def test_a_weight_that_is_not_registered_is_told_so() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     hidden = [nn.Linear(64, 64)]
