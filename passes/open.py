@@ -92,7 +92,7 @@ def put_code(
     for original, copy in copies.items():
         if original.op != "placeholder":
             copy.meta = {"example_value": original.meta.get("val"), **kept}
-    _put_in_place(node, result)
+    put_in_place(node, result)
 
 
 def _autocast_of(node: Node) -> AbstractContextManager[Any]:
@@ -120,7 +120,7 @@ def _fake_mode_of(values: Sequence[Any]) -> AbstractContextManager[Any]:
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), nullcontext())
 
 
-def _put_in_place(node: Node, result: Any) -> None:
+def put_in_place(node: Node, result: Any) -> None:
     """Let the users of `node` use what was traced; a tuple that they index is taken apart."""
     for user in list(node.users):
         if is_call(user, (operator.getitem,)) and isinstance(result, tuple | list):

@@ -8,9 +8,10 @@ Unlike compiled code, an exported program holds its weights: projected and packe
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,21 @@ from pixelfly_compiler.backend import (
 from pixelfly_compiler.capture import aliases, with_aliases
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
-from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import ExportError
+from pixelfly_compiler.oracle import project
 from pixelfly_compiler.passes.attention import replace_attention
+from pixelfly_compiler.passes.exported import as_dynamo_writes, as_export_runs, mark_parameter
 from pixelfly_compiler.passes.fold_densify import DENSIFY, fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, erase_unused, rewrite
-from pixelfly_compiler.passes.sites import find_sites
+from pixelfly_compiler.passes.sites import Found, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import parameter_names_by_identity, placeholders
+from pixelfly_compiler.passes.weights import called, parameter_names_by_identity, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
+
+log = logging.getLogger("pixelfly_compiler")
 
 Shapes = dict[str, Any] | tuple[Any, ...] | list[Any] | None
 
@@ -58,8 +63,9 @@ def export(
 
     `args` is a tuple, or one tensor; `options` are those of `Config`: budget=0.25, plan=, ... The program computes what
     `project_(model, plan)` does; its buffers `<weight>_blocks`, `_u`, `_v`, `_index` stand for the planned weights,
-    which are not in it. A compact model keeps its factors, with gamma multiplied in. Attention is ours where it is the
-    faster one on this processor. The model is not changed.
+    which are not in it. What cannot take these gets P(W) as `<weight>_projected`, with a warning. A compact model keeps
+    its factors, with gamma multiplied in. Attention is ours where it is the faster one on this processor. The model is
+    not changed.
 
     `torch.export.load` of such a program needs this package, for the operators; what `package` makes of it does not.
     """
@@ -128,9 +134,7 @@ class _Lifted:
         self.gm = gm
         self.values: dict[Node, Tensor] = {}  # of the placeholders that are tensors of the module
         self.targets: dict[Node, str] = {}
-        _drop_guards(gm)
-        for node in gm.graph.nodes:
-            node.meta.setdefault("example_value", node.meta.get("val"))
+        as_dynamo_writes(gm)
         lifted: dict[int, Node] = {}  # tied weights have several names and are one input
         for node in list(gm.graph.find_nodes(op="get_attr")):
             value = _attribute(gm, str(node.target))
@@ -139,8 +143,13 @@ class _Lifted:
             if id(value) not in lifted:
                 lifted[id(value)] = self._placeholder(str(node.target), value)
                 lifted[id(value)].meta = dict(node.meta)
-            node.replace_all_uses_with(lifted[id(value)])
-            gm.graph.erase_node(node)
+            # Dynamo does not see that a weight is returned, and for its matmuls it does not matter.
+            node.replace_all_uses_with(lifted[id(value)], delete_user_cb=lambda user: user.op != "output")
+            if not node.users:
+                gm.graph.erase_node(node)
+        for node, value in self.values.items():
+            if isinstance(value, nn.Parameter):
+                mark_parameter(gm, node, value)
 
     def _placeholder(self, target: str, value: Tensor) -> Node:
         last = placeholders(self.gm)[-1:]
@@ -196,17 +205,44 @@ class _Lifted:
         weights = {name: self.values[before[position]] for name, position in positions.items()}
         plan = make_plan(found, config, weights=weights)
         configs = sparse_configs(found, plan)
-        if not configs:
-            return plan
-        sparse = {site.name: weights[site.parameter] for site in found.sites if site.name in configs}
-        announcer.sparse(plan, found, sparse, whole=True)
-        rewritten = rewrite(self.gm, found.matches, configs, positions, share_basis=plan.basis == "fixed")
-        compact = CompactInputs(rewritten.added, CompactWeights(), plan.basis)
-        with torch.no_grad():
-            values = compact(tuple(inputs))
-        for node, key, value in zip(placeholders(self.gm)[len(rewritten.kept) :], rewritten.added, values, strict=True):
-            self.values[node], self.targets[node] = value, _compact_name(self.targets[before[key.weight]], key)
+        if configs:
+            sparse = {site.name: weights[site.parameter] for site in found.sites if site.name in configs}
+            announcer.sparse(plan, found, sparse, whole=True)
+            rewritten = rewrite(self.gm, found.matches, configs, positions, share_basis=plan.basis == "fixed")
+            compact = CompactInputs(rewritten.added, CompactWeights(), plan.basis)
+            with torch.no_grad():
+                values = compact(tuple(inputs))
+            new = placeholders(self.gm)[len(rewritten.kept) :]
+            for node, key, value in zip(new, rewritten.added, values, strict=True):
+                self.values[node], self.targets[node] = value, _compact_name(self.targets[before[key.weight]], key)
+        for node in before:
+            if node.name in names:
+                self._project_others(node, names[node.name], plan, found, configs)
         return plan
+
+    def _project_others(self, node: Node, name: str, plan: Plan, found: Found, compact: Collection[str]) -> None:
+        """Give P(W) to what still takes a planned weight W: it is returned too, or its matmul is no site here."""
+        weight, graph = self.values[node], self.gm.graph
+        entries = [entry for entry in plan.sparse if name in (entry.parameter, *entry.aliases)]
+        holders = [] if node._erased else [node]
+        holders += [got for got in graph.find_nodes(op="get_attr") if _attribute(self.gm, got.target) is weight]
+        users = {user for holder in holders for user in holder.users if not _looks_up(user)}
+        if not entries or not users:
+            return
+        projected = weight.detach()
+        for entry in entries:
+            projected = project(projected, entry, plan.basis)
+            if entry.name not in compact:
+                log.warning(
+                    "pixelfly: %s is sparse in the plan, but in the exported program a dense matrix, P(W): %s",
+                    entry.name,
+                    _why_dense(entry, found),
+                )
+        dense = self._placeholder(f"{self.targets[node]}_projected", projected)
+        for holder in holders:
+            holder.replace_all_uses_with(dense, delete_user_cb=users.__contains__)
+            if holder.op == "get_attr":
+                graph.erase_node(holder)
 
     def module(self) -> GraphModule:
         """The module again: its tensors are attributes, and only those that it uses."""
@@ -222,18 +258,23 @@ class _Lifted:
                 with graph.inserting_before(first):
                     node.replace_all_uses_with(graph.create_node("get_attr", target))
             graph.erase_node(node)
+        as_export_runs(self.gm)
         return GraphModule(attributes, graph)
-
-
-def _drop_guards(gm: GraphModule) -> None:
-    """Checks of the inputs, which the second export makes anew."""
-    for node in gm.graph.find_nodes(op="call_module", target="_guards_fn"):
-        gm.graph.erase_node(node)
 
 
 def _attribute(gm: GraphModule, target: str) -> Any:
     owner, _, name = target.rpartition(".")
     return getattr(gm.get_submodule(owner), name)
+
+
+def _why_dense(entry: Entry, found: Found) -> str:
+    reasons = {item.name: item.reason for item in found.skipped} | {site.name: site.reason for site in found.sites}
+    return reasons.get(entry.name) or reasons.get(entry.parameter) or "its matmul is not in the exported graph"
+
+
+def _looks_up(user: Node) -> bool:
+    """An embedding takes rows of the weight as it is."""
+    return user.op.startswith("call") and called(user) in ("embedding", "embedding_bag")
 
 
 def _compact_name(weight: str, key: CompactInput) -> str:

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,74 @@ def _without_the_sum(x: Tensor) -> pixelfly_compiler.Plan:
             return self.one(x) + self.two(x)
 
     return plan(Plain(), x, **OPTIONS)
+
+
+def joined(model: Uses, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, torch.cat([model.a, model.b[0]]))
+
+
+def branch(model: Uses, x: Tensor) -> Tensor:
+    def frozen(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return joined(model, x) + 1
+
+    return torch.cond(x.sum() > 0, lambda x: joined(model, x).detach(), frozen, (x,))
+
+
+def modes(model: Uses, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = branch(model, x).sum(1, keepdim=True) + x
+        with torch.autocast("cpu", torch.bfloat16):
+            y = nn.functional.linear(y, model.a)
+    return y.float() @ model.b[2]
+
+
+def selected(model: Uses, x: Tensor) -> Tensor:
+    return torch.bmm((x @ model.a)[:, None], model.b[torch.arange(x.shape[0]) % 3])
+
+
+def returned(model: Uses, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x @ model.a, model.a
+
+
+class Uses(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b = nn.Parameter(torch.randn(64, 64) / 8), nn.Parameter(torch.randn(3, 64, 64) / 8)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("function", [joined, branch, modes, selected, returned])
+def test_what_the_plan_makes_sparse_is_sparse_in_the_program(function: Callable[..., Any], caplog: Any) -> None:
+    model, x = Uses(function).eval(), torch.randn(6, 64)
+    made = plan(model, x, **OPTIONS)
+    assert made.sparse
+    program = export(model, x, plan=made)
+    assert "a" not in program.state_dict and "dense matrix" not in caplog.text
+    torch.testing.assert_close(program.module()(x), project_(copy.deepcopy(model), made)(x), rtol=1e-4, atol=1e-5)
+
+
+class Tied(nn.Module):
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.table, self.head, self.more = nn.Embedding(64, 64), nn.Linear(64, 64, bias=False), more
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y = self.head(self.table(ids))
+        return y + self.head.weight.sum(0) if self.more else y
+
+
+def test_a_planned_weight_that_cannot_be_compact_is_projected_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = Tied(more=True).eval(), torch.arange(8)
+    made = plan(Tied(more=False).eval(), ids, **OPTIONS)
+    program = export(model, ids, plan=made)
+    assert "pixelfly: table.weight is sparse in the plan, but" in caplog.text and "by `sum`" in caplog.text
+    assert set(program.state_dict) == {"table.weight", "table.weight_projected"}
+    torch.testing.assert_close(program.module()(ids), project_(copy.deepcopy(model), made)(ids), rtol=1e-4, atol=1e-5)
 
 
 def test_what_sparsify_left_dense_stays_dense_unless_asked() -> None:
