@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import innermost_fn
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakIdKeyDictionary
@@ -59,6 +58,8 @@ def pixelfly(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with its planned matmuls made sparse. `options`: those of `Config`, and Inductor's own."""
+    from torch._dynamo.eval_frame import innermost_fn  # heavy to import, and only needed here
+
     config, inductor_options = Config.from_options(options)
     patches = _inductor_patches(mode, inductor_options)
     origin = origin_of(gm)
