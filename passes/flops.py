@@ -88,6 +88,7 @@ def _stand_in(value: Any) -> Any:
     """A tensor of the same sizes on the meta device: nothing is computed, and no new symbol is made."""
     if not isinstance(value, torch.Tensor):
         return hint(value) if isinstance(value, torch.SymInt) else value
+    value = value.values() if value.is_nested else value  # all rows of all its tensors
     return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
 
 
@@ -96,7 +97,6 @@ def hint(size: object) -> int:
     if not isinstance(size, torch.SymInt):
         return int(size)  # type: ignore[call-overload]
     try:
-        value = size.node.hint
-    except Exception:  # unbacked sizes raise, of a class that differs by version
-        value = None
-    return 1 if value is None else int(value)
+        return int(size.node.hint)
+    except Exception:  # unbacked and nested sizes have none, and raise what differs by version
+        return 1

@@ -182,7 +182,7 @@ class Found:
 def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
     operands, out = operands_of(use.user, use.operand), value_of(use.user)
-    if operands is None or out is None:
+    if operands is None or out is None or out.is_nested:
         return None
     matrix = _matrix(operands, use.view)
     if matrix is not None and use.selection is not None:
@@ -422,6 +422,8 @@ class _Weight:
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
         if user in self.factors:
             hint = "of which another parameter is taken for the weight"
+        elif (value := value_of(user)) is not None and value.is_nested:
+            hint = "of a nested tensor, which our kernels do not take"
         elif is_cast(user):
             hint = "a cast of what another has rounded, or to another device or kind of number"
         elif hint is None:

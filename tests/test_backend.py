@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_as_good_as, to_double
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -766,6 +767,23 @@ def test_devices_without_kernels_stay_dense() -> None:
 
 
 # ---- memory ----
+
+
+class Nested(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        values = x.values() if x.is_nested else x
+        y = x if x.is_nested else torch.nested.nested_tensor_from_jagged(x, torch.tensor([0, 3, len(x)]))
+        return super().forward(y).values() + values
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_nested_tensors_run_dense_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch, within: bool) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = Nested(WIDTH, WIDTH), some_x()
+    x = x if within else torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+    entry = planned(model, x)["weight"]
+    assert "of a nested tensor" in str(entry.reason) and entry.other_flops == 2 * ROWS * WIDTH * WIDTH
+    torch.testing.assert_close(torch.compile(model, backend="pixelfly", options=OPTIONS)(x), model(x))
 
 
 def test_compact_weights_live_as_long_as_the_weights_or_until_reset() -> None:
