@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
@@ -209,6 +210,7 @@ class _Project(torch.autograd.Function):
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
+    @_disable_dynamo  # it is called from compiled code where that calls `backward()`
     def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:
         like = _oriented(ctx.matrix, ctx.form)
         return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None

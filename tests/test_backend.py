@@ -619,6 +619,23 @@ def test_as_many_recompilations_as_inductor(mark: bool, kwargs: dict[str, Any]) 
     )
 
 
+@pytest.mark.filterwarnings("ignore:Profiler record function:UserWarning")
+def test_dynamo_does_not_look_into_our_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model = nn.Linear(WIDTH, WIDTH)
+
+    def step(x: Tensor) -> None:
+        model(x).square().mean().backward()
+
+    graphs = []
+    for options in ({"backend": "aot_eager"}, {"backend": "pixelfly", "options": OPTIONS}):
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(step, **options)(some_x())
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
+
+
 def test_gradients_with_symbolic_rows() -> None:
     model = Mlp(1)
     made, run = planned(model), torch.compile(model, backend="pixelfly", options=OPTIONS, dynamic=True)
