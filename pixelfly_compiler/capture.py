@@ -12,9 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
@@ -33,9 +36,39 @@ def _recording_backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callab
         records = _records.get()
         if records is not None:
             records.append((gm, inputs))
-        return gm.forward(*inputs)
+        with _ParametersRestored(inputs):
+            return gm.forward(*inputs)
 
     return run
+
+
+class _ParametersRestored(TorchDispatchMode):
+    """What a graph writes to its parameters is undone behind it. Only those are copied, and when that is due."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        super().__init__()
+        self.parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(operator, OpOverload) and operator._schema.is_mutable:
+            storages = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            for parameter in self.parameters:
+                if _storage(parameter) in storages and id(parameter) not in self.before:
+                    self.before[id(parameter)] = parameter, parameter.detach().clone()
+        return operator(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        with torch.no_grad():
+            for parameter, value in self.before.values():
+                parameter.copy_(value)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def capture(
@@ -65,8 +98,8 @@ def run_once(
     *,
     grad: bool = False,
 ) -> None:
-    """Run the model once with its graphs handed to `backend`; the model and the random state stay as they were."""
-    with _unchanged(model), torch.set_grad_enabled(grad), warnings.catch_warnings():
+    """Run the model once with its graphs handed to `backend`; model, inputs and random state stay as they were."""
+    with _unchanged(model, (args, kwargs)), torch.set_grad_enabled(grad), warnings.catch_warnings():
         # Dynamo looks at the `.grad` of what comes from the graph before.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         torch.compile(model, backend=backend, **_apart())(*args, **(kwargs or {}))
@@ -79,9 +112,13 @@ def _apart() -> dict[str, Any]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore what a forward changes: buffers and random states. Dynamo forgets the shapes it has seen here."""
+def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Restore what a forward changes: buffers, inputs and random states. Dynamo forgets the shapes it has seen here."""
+    held: list[tuple[dict[str, Any], dict[str, Any]]]
+    held = [(kept, dict(kept)) for module in model.modules() for kept in (module._buffers, module._parameters)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    tensors = [value for value in tree_leaves(inputs) if isinstance(value, Tensor) and not value.is_inference()]
+    given = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
     devices = sorted(
         {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     )
@@ -95,9 +132,12 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for kept, before in held:
+                kept.update(before)
+            written = [(tensor, value) for tensor, version, value in given if tensor._version != version]
             with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
+                for tensor, value in buffers + written:
+                    tensor.copy_(value)
 
 
 @contextmanager

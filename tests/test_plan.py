@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from pixelfly_compiler.cli import main
 from pixelfly_compiler.config import Config
@@ -405,6 +405,30 @@ def test_a_plan_changes_nothing_of_the_model() -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Writes(nn.Module):
+    """To its weights, its buffers and its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(8, 64, max_norm=0.1), nn.Linear(64, 64)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        with torch.no_grad():
+            self.head.weight.mul_(2)
+        x.add_(self.table(torch.arange(4)))
+        return self.head(x)
+
+
+def test_a_plan_undoes_what_a_forward_writes() -> None:
+    model, x = Writes(), torch.randn(4, 64)
+    before = copy.deepcopy((model.state_dict(), x))
+    plan(model, x, device=DEVICE)
+    torch.testing.assert_close((model.state_dict(), x), before, rtol=0, atol=0)
 
 
 def test_a_plan_leaves_dynamo_free_to_specialise() -> None:
