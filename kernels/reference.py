@@ -171,7 +171,7 @@ def attention(
     """See `attention.attention`."""
     scores = _scores(q, k, mask, causal, scale)
     lse = torch.logsumexp(scores, -1)
-    o = _softmax(scores, lse) @ v.to(scores.dtype)
+    o = _softmax(scores) @ v.to(scores.dtype)
     return o.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
 
 
@@ -189,7 +189,7 @@ def attention_backward(
     """See `attention.attention_backward`."""
     dtype = compute_dtype(q.dtype)
     g = g.to(dtype)
-    weights = _softmax(_scores(q, k, mask, causal, scale), lse)
+    weights = _softmax(_scores(q, k, mask, causal, scale))
     towards_weights = g @ v.to(dtype).mT - (g * o.to(dtype)).sum(-1, keepdim=True)
     towards_scores = scale * weights * towards_weights
     grads = (towards_scores @ k.to(dtype), towards_scores.mT @ q.to(dtype), weights.mT @ g)
@@ -207,9 +207,11 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: floa
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
 
 
-def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse), and zero in the rows in which nothing takes part."""
-    return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+def _softmax(scores: Tensor) -> Tensor:
+    """Zero in the rows in which nothing takes part. Not exp(scores - lse): where a mask adds -1e9 to a whole row, the
+    logarithm of the sum is lost in the rounding of lse.
+    """
+    return torch.softmax(scores, -1).masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

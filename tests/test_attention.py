@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pixelfly_compiler.kernels.attention
 from pixelfly_compiler.kernels import lowering
@@ -53,6 +54,14 @@ def test_opcheck_and_gradcheck() -> None:
     for mask, causal in ((None, True), (torch.rand(1, 1, 5, 7) > 0.3, False)):
         torch.library.opcheck(torch.ops.pixelfly.attention.default, (*args, mask, causal, 0.2))
         assert torch.autograd.gradcheck(lambda *a, m=mask, c=causal: attention(*a, m, c), args, fast_mode=True)
+
+
+def test_the_reference_spreads_a_row_that_a_mask_all_but_hides() -> None:
+    args, mask = operands(5, 7, 16, torch.float32), torch.zeros(5, 7).index_fill(0, torch.tensor(2), -1e9)
+    ours = with_gradients(lambda *a: attention(*a, mask), args, torch.ones(()).expand_as(args[0]))
+    with sdpa_kernel(SDPBackend.MATH):  # the others of PyTorch lose the logarithm of 7 beside 1e9
+        theirs = with_gradients(lambda *a: of_torch(*a, mask), args, torch.ones(()).expand_as(args[0]))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
