@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule, Node
-from torch.utils.weak import WeakIdKeyDictionary
 
+from pixelfly_compiler.attached import Attached
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
@@ -46,7 +46,7 @@ log = logging.getLogger("pixelfly_compiler")
 
 _weights = CompactWeights()
 # What was decided for each weight, by configuration: training and evaluation, or two batch sizes, must mean the same.
-_decided: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_decided = Attached[str, Entry]()
 
 
 @raised_as_they_are
@@ -114,6 +114,7 @@ def own_copy(gm: GraphModule) -> GraphModule:
         own._param_name_to_source = gm._param_name_to_source
     for node, original in zip(placeholders(own), placeholders(gm), strict=True):
         node._dynamo_source = getattr(original, "_dynamo_source", None)
+        node.meta.pop("grapharg", None)  # a weak reference to the input, which Dynamo drops from its own graph
     return own
 
 
@@ -185,14 +186,14 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     key = repr(config)
     known: dict[str, Entry] = {}
     for site in found.sites:
-        entry = _decided.get(weights[site.parameter], {}).get(key + site.label)
+        entry = _decided.of(weights[site.parameter]).get(key + site.label)
         if entry is not None and entry.transposed == site.transposed:
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
     if config.plan is None:
         for site in found.sites:
-            _decided.setdefault(weights[site.parameter], {})[key + site.label] = plan[site.name]
+            _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
     return plan
 
 

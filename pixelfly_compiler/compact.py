@@ -2,14 +2,13 @@
 
 A weight's compact form is computed once per version of the weight: after an optimizer step, `load_state_dict` or any
 other in-place change it is made again. Writes to `weight.data`, which have no version, are noticed by samples. The
-cache holds weights weakly and lives as long as they do. In training the projection is differentiable: gradients of
+forms live as long as the weights. In training the projection is differentiable: gradients of
 (blocks, u) become the gradient of the dense weight through P's adjoint.
 """
 
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from pixelfly_compiler.attached import Attached
 from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.projection import project_each
@@ -88,10 +88,11 @@ class _Entry:
 
 
 class CompactWeights:
-    """The compact forms of all weights seen so far. It looks up by identity, and does not keep a weight alive."""
+    """The compact forms of all weights seen so far. They live as long as the weights."""
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Tensor], dict[str, _Entry]]] = {}
+        self._entries = Attached[str, _Entry]()
+        self._of = self._entries.of
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -115,18 +116,6 @@ class CompactWeights:
         for (weight, name, _), changed in zip(known, _have_changed([entry for *_, entry in known]), strict=True):
             if changed:
                 del self._of(weight)[name]
-
-    def _of(self, weight: Tensor) -> dict[str, _Entry]:
-        key = id(weight)
-        known = self._entries.get(key)
-        if known is None or known[0]() is not weight:
-
-            def forget(dead: weakref.ref[Tensor]) -> None:
-                if key in self._entries and self._entries[key][0] is dead:
-                    del self._entries[key]
-
-            known = self._entries[key] = (weakref.ref(weight, forget), {})
-        return known[1]
 
 
 def _have_changed(entries: Sequence[_Entry]) -> list[bool]:

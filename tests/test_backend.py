@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import math
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -801,6 +802,18 @@ def test_nested_tensors_run_dense_and_the_plan_says_so(monkeypatch: pytest.Monke
     entry = planned(model, x)["weight"]
     assert "of a nested tensor" in str(entry.reason) and entry.other_flops == 2 * ROWS * WIDTH * WIDTH
     torch.testing.assert_close(torch.compile(model, backend="pixelfly", options=OPTIONS)(x), model(x))
+
+
+def test_a_weight_can_be_swapped_and_is_pickled_without_what_is_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = nn.Linear(WIDTH, WIDTH), some_x()
+    ours = compiled(model)
+    with torch.no_grad():
+        ours(x)
+        size = len(pickle.dumps(model.weight)) - model.weight.nbytes
+        torch.utils.swap_tensors(model.weight, nn.Parameter(torch.randn(WIDTH, WIDTH)))
+        torch.testing.assert_close(ours(x), projected(model, planned(model))(x), rtol=1e-4, atol=1e-5)
+    assert size < 1000 and not any(vars(copy.deepcopy(model.weight)).values())
 
 
 def test_compact_weights_live_as_long_as_the_weights_or_until_reset() -> None:
