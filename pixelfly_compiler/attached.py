@@ -5,6 +5,7 @@ Not by weak references to it: `torch.utils.swap_tensors`, and so `Module.to` whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -35,11 +36,14 @@ class Attached(Generic[K, V]):
         self._name = f"_pixelfly_{next(_numbers)}"
         self._all: WeakSet[_Known[K, V]] = WeakSet()
 
+    def __iter__(self) -> Iterator[dict[K, V]]:
+        return iter(list(self._all))
+
     def __len__(self) -> int:
-        return sum(map(bool, self._all))
+        return sum(map(bool, self))
 
     def clear(self) -> None:
-        for known in list(self._all):
+        for known in self:
             known.clear()
 
     def of(self, weight: Tensor) -> dict[K, V]:

@@ -120,7 +120,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 def versions_of_cached_weights() -> list[int | None]:
-    return [e.version for _, entries in backend._weights._entries.values() for e in entries.values()]
+    return [e.version for entries in backend._weights._entries for e in entries.values()]
 
 
 def changed_element(model: nn.Module, call: Any) -> float:
