@@ -179,10 +179,10 @@ def _is_seen(node: Node) -> bool:
 
 
 def _is_of_torch(user: Node) -> bool:
-    """Not an operator of others, nor one that runs a sub-graph."""
+    """PyTorch's or ours: not an operator of others, nor one that runs a sub-graph."""
     if user.op != "call_function":
         return user.op == "call_method"
-    return getattr(user.target, "namespace", "aten") in ("aten", "prims")
+    return getattr(user.target, "namespace", "aten") in ("aten", "prims", "pixelfly")
 
 
 def _writes(user: Node) -> bool:

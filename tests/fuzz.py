@@ -39,6 +39,12 @@ def _picks(x: Tensor, matrices: int) -> Tensor:
     return x.detach().flatten(0, 1)[:, :matrices].argmax(-1)
 
 
+def _changed(x: Tensor) -> Tensor:
+    """Where this is a view, and no copy, x changes with it."""
+    x.flatten()[:5].mul_(2)
+    return x
+
+
 def _grouped(x: Tensor, w: Tensor) -> Tensor:
     """Each row meets the matrix that it picks, the rows sorted by that."""
     picks = _picks(x, w.shape[0])
@@ -120,7 +126,24 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
         lambda x, w, b: torch.bmm(w[_picks(x, 3)], x.flatten(0, 1).unsqueeze(-1)).squeeze(-1).unflatten(0, (-1, 4)),
         lambda k, n: (3, n, k),
     ),
+    "picked, from the end": (
+        lambda x, w, b: (x.flatten(0, 1)[:, None] @ w[_picks(x, 3) - 3]).squeeze(1).unflatten(0, (-1, 4)),
+        lambda k, n: (3, k, n),
+    ),
+    "picked, in an einsum": (
+        lambda x, w, b: torch.einsum("bk,bkn->bn", x.flatten(0, 1), w[_picks(x, 3)]).unflatten(0, (-1, 4)),
+        lambda k, n: (3, k, n),
+    ),
+    "picked for several rows": (lambda x, w, b: x @ w[_picks(x, 3)[: len(x)]], lambda k, n: (3, k, n)),
+    "picked for all": (lambda x, w, b: x @ w[_picks(x, 3)[:1] - 3], lambda k, n: (3, k, n)),
+    "by name": (lambda x, w, b: torch.matmul(other=w, input=x), lambda k, n: (k, n)),
+    "beside zeros like it": (lambda x, w, b: x @ w + w.new_zeros(w.shape[1:]), lambda k, n: (k, n)),
     # These stay dense, wholly or in part.
+    "broadcast": (lambda x, w, b: torch.einsum("bsk,kn->bsn", x[..., :1], w), lambda k, n: (k, n)),
+    "a matrix for each head": (
+        lambda x, w, b: torch.einsum("bsk,hkn->bshn", x, w).flatten(2),
+        lambda k, n: (HEADS, k, n // HEADS),
+    ),
     "gaps": (lambda x, w, b: x @ w[:, ::2], lambda k, n: (k, 2 * n)),
     "overlap": (lambda x, w, b: x @ w[:, 16:] + x @ w[:, :-16], lambda k, n: (k, n + 16)),
     "both ways": (lambda x, w, b: x @ w + (x @ w) @ w.T @ w, lambda k, n: (k, n)),
@@ -141,6 +164,8 @@ BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "normalised": lambda x: F.layer_norm(x, x.shape[-1:]),
     "residual": lambda x: x + x.sin(),
+    "as it lies in memory": lambda x: x.as_strided(x.shape, x.stride()),
+    "changed by a view": _changed,
 }
 
 
@@ -214,6 +239,7 @@ def check(case: Case) -> None:
     exact, gradients = _step(model, lambda x: functional_call(model, weights, (x,)), x)
     tolerance = 1e-4 if case.dtype == torch.float32 else 1e-12
     assert _close(ours, exact, tolerance)
+    assert _strides(ours) == _strides(exact)
     for name, gradient in gradients.items():
         assert _close(our_gradients[name], gradient, 10 * tolerance), name
     with torch.no_grad():
@@ -225,6 +251,10 @@ def _step(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> tuple
     y = run(x)
     y.mul(torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     return y.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _strides(y: Tensor) -> list[int]:
+    return [stride for stride, size in zip(y.stride(), y.shape, strict=True) if size > 1]
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
