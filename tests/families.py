@@ -1,10 +1,11 @@
 """Every family of transformers that can be built small, compiled and compared with the oracle, as one table.
 
-    python tests/families.py [--compiled] [FAMILY ...]
+    python tests/families.py [--compiled] [--limit SECONDS] [FAMILY ...]
 
 Configurations are the defaults with their sizes cut down, without downloads; a family that cannot be built, or fed, by
 these rules is listed as such. The rewritten graphs run node by node, without a C++ compiler, or, a minute each, as
-TorchInductor compiles them. Failures come first.
+TorchInductor compiles them. Each family has a process of its own, which is stopped when it takes too long. Failures
+come first.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import copy
 import inspect
 import logging
+import multiprocessing
 import re
 import sys
 import warnings
@@ -95,12 +97,18 @@ def small_config(kind: Any) -> Any:
     """The configuration of this class with its sizes, and those of its parts, cut down."""
     fields = _fields(kind)
     values = {name: _small(name, value) for name, value in fields.items() if _small(name, value) != value}
-    for name, part in (getattr(kind, "sub_configs", None) or {}).items():
+    parts = getattr(kind, "sub_configs", None) or {}
+    default = kind() if parts else None
+    for name in parts:
+        part = getattr(default, name, None)
         if name == "backbone_config":
             values[name] = BACKBONE
         elif name in fields and hasattr(part, "model_type"):
-            values[name] = small_config(part).to_dict()
-    return kind(**values)
+            values[name] = small_config(type(part)).to_dict()
+    config = kind(**values)
+    if isinstance(getattr(config, "rope_parameters", None), dict):
+        config.rope_parameters |= {"mrope_section": [4, 6, 6]}  # defaults are for a head_dim of 128
+    return config
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -138,8 +146,8 @@ def _matching(name: str, rules: tuple[tuple[str, int], ...]) -> int | None:
 # ---- models and inputs ----
 
 
-def inputs_of(model: Any) -> dict[str, Tensor]:
-    """What the model's forward asks for, as far as its configuration tells how large."""
+def inputs_of(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What the model's forward asks for, as far as its configuration tells how large; then, if it can, text alone."""
     generator = torch.Generator().manual_seed(0)
     config, forward = model.config, inspect.signature(model.forward).parameters
     ids = torch.randint(3, 90, (2, 12), generator=generator)
@@ -160,7 +168,11 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
         given["decoder_input_ids"] = ids.flip(1)
     if "input_ids" in given and config.is_encoder_decoder:  # without it Dynamo gives up on LongT5
         given["attention_mask"] = torch.ones_like(ids)
-    return {name: value for name, value in given.items() if name in forward}
+    given = {name: value for name, value in given.items() if name in forward}
+    yield given
+    text = {name: value for name, value in given.items() if not value.is_floating_point()}
+    if "input_ids" in forward and text != given:
+        yield {"input_ids": ids} | text
 
 
 def _find(config: Any, name: str, default: Any) -> Any:
@@ -186,16 +198,23 @@ def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
     error: Exception = LookupError("no model of this name")
     for kind in classes_of(family):
         try:
+            config = small_config(CONFIG_MAPPING[family])
+            with torch.device("meta"):
+                parameters = kind(copy.deepcopy(config)).num_parameters()
+            if parameters > MOST_PARAMETERS:
+                raise ValueError(f"{parameters:,} parameters")
             torch.manual_seed(0)
-            model = kind(small_config(CONFIG_MAPPING[family]))
-            if model.num_parameters() > MOST_PARAMETERS:
-                raise ValueError(f"{model.num_parameters():,} parameters")
-            given = inputs_of(model)
-            with torch.no_grad():
-                model(**given)
-            return without_dropout(model).train(family not in EVALUATED), given
+            model = kind(config)
         except Exception as cause:
             error = cause
+            continue
+        for given in inputs_of(model):
+            try:
+                with torch.no_grad():
+                    model(**given)
+                return without_dropout(model).train(family not in EVALUATED), given
+            except Exception as cause:
+                error = cause
     raise error
 
 
@@ -224,6 +243,22 @@ def check(family: str, compiled: bool = False) -> Row:
         return _compare(family, model, given, compiled)
     except Exception as cause:
         return Row(0, family, name, "", f"FAILED: {_first_line(cause)}")
+
+
+def check_apart(family: str, compiled: bool, limit: float) -> Row:
+    """The same in a process of its own: what crashes, hangs or eats up the memory does so there."""
+    fork = multiprocessing.get_context("fork")  # transformers is imported once
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=lambda: sender.send(check(family, compiled)))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(limit) else Row(0, family, "", "", f"FAILED: not done in {limit:.0f} s")
+    except EOFError:
+        return Row(0, family, "", "", "FAILED: its process died")
+    finally:
+        child.kill()
+        child.join()
 
 
 def _compare(family: str, model: nn.Module, given: dict[str, Tensor], compiled: bool) -> Row:
@@ -264,11 +299,12 @@ def main(argv: Sequence[str]) -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("families", nargs="*", metavar="FAMILY")
     flags.add_argument("--compiled", action="store_true", help="by TorchInductor")
+    flags.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="for a family (default: 600)")
     args = flags.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     families = args.families or sorted(CONFIG_MAPPING.keys())
-    rows = [check(family, args.compiled) for family in track(families)]
+    rows = [check_apart(family, args.compiled, args.limit) for family in track(families)]
     table = Table("family", "model", "covered", "outcome", box=None)
     for row in sorted(rows, key=lambda row: (row.rank, row.family)):
         table.add_row(row.family, row.model, row.covered, row.outcome)
