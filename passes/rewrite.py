@@ -172,7 +172,9 @@ def _is_seen(node: Node) -> bool:
             if user.op == "output" or name in _ASKING or not _is_of_torch(user) or (copied and _writes(user)):
                 return True
             step = (user, copied or name in _AT_TIMES_COPIES)
-            if step not in seen and name not in _FRESH and (value is None or value.dim() > 1):
+            if name in _FRESH or (value is not None and value.dim() <= 1 and not step[1]):
+                continue
+            if step not in seen:
                 seen.add(step)
                 front.append(step)
     return False

@@ -449,6 +449,10 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "strided": (lambda x, w, b: (w @ x.mT).as_strided((2, 240), (240, 1)), (48, 32)),
     "complex": (lambda x, w, b: torch.view_as_complex((w @ x.mT).mT.contiguous().unflatten(2, (24, 2))).real, (48, 32)),
     "changed by a view": (lambda x, w, b: doubled(y := w @ x.mT, y.flatten()[:5]), (48, 32)),
+    "changed by a line of it": (
+        lambda x, w, b: F.layer_norm(doubled(y := w @ x.mT, y.flatten()[:5]), (5,)).mul(2),
+        (48, 32),
+    ),
     "changed by what is no copy": (lambda x, w, b: doubled(y := w @ x.mT, y.contiguous()), (48, 32)),
     "in a sub-graph": (
         lambda x, w, b: torch.cond(x.sum() > 0, lambda y: y.sin().view(2, -1), lambda y: -y.view(2, -1), (w @ x.mT,)),
