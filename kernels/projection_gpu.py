@@ -1,4 +1,4 @@
-"""P and its adjoint as Triton kernels: what `projection` does in a dozen tensor operations each, in three launches.
+"""P and its adjoint as Triton kernels: what `projection` does in a dozen tensor operations each, in three or four.
 
     P         outside = W_N V_N               u = outside (V_N^T V_N)^+    blocks = (W - u v^T) on the support
     adjoint   outside = g_u - g_blocks V_S    h = outside (V_N^T V_N)^+    g_blocks on the support, else h v^T
@@ -70,14 +70,14 @@ def _times_v(  # type: ignore[no-untyped-def]
             at = place.to(tl.int64) * (BLOCK * BLOCK) + (rows % BLOCK)[:, None] * BLOCK + inside[None, :]
             w = tl.load(SOURCE + at)
         else:
-            at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
-            w = tl.load(SOURCE + at, mask=(rows < out_features)[:, None] & (k < in_features)[None, :], other=0.0)
+            at = _places(rows, k, stride_out, stride_in)
+            w = tl.load(SOURCE + at, mask=_both(rows < out_features, k < in_features), other=0.0)
         at = k[:, None] * RANK + r[None, :]
-        v = tl.load(V + at, mask=(k < in_features)[:, None] & (r < RANK)[None, :], other=0.0)
+        v = tl.load(V + at, mask=_both(k < in_features, r < RANK), other=0.0)
         acc = tl.dot(w.to(tl.float32), v, acc, input_precision=PRECISION)
     at = rows[:, None] * RANK + r[None, :]
     if ADJOINT:
-        g_u = tl.load(G_U + at, mask=(rows < out_features)[:, None] & (r < RANK)[None, :], other=0.0)
+        g_u = tl.load(G_U + at, mask=_both(rows < out_features, r < RANK), other=0.0)
         acc = g_u.to(tl.float32) - acc
     tl.store(OUTSIDE + at, acc, mask=(r < RANK)[None, :])
 
@@ -105,8 +105,8 @@ def _kept_blocks(  # type: ignore[no-untyped-def]
     across = tl.arange(0, BLOCK)
     rows = tl.load(ROW + slot) * BLOCK + inside
     k = tl.load(COL + slot) * BLOCK + across
-    at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
-    w = tl.load(W + at, mask=(rows < out_features)[:, None] & (k < in_features)[None, :], other=0.0)
+    at = _places(rows, k, stride_out, stride_in)
+    w = tl.load(W + at, mask=_both(rows < out_features, k < in_features), other=0.0)
     kept = w.to(tl.float32) - _lowrank(U, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
     at = slot.to(tl.int64) * (BLOCK * BLOCK) + inside[:, None] * BLOCK + across[None, :]
     tl.store(BLOCKS + at, kept.to(BLOCKS.dtype.element_ty))
@@ -138,9 +138,21 @@ def _dense(  # type: ignore[no-untyped-def]
         tile = tl.load(G_BLOCKS + at).to(tl.float32)
     else:
         tile = _lowrank(H, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
-    at = rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
-    mask = (rows < out_features)[:, None] & (k < in_features)[None, :]
+    at = _places(rows, k, stride_out, stride_in)
+    mask = _both(rows < out_features, k < in_features)
     tl.store(GRADIENT + at, tile.to(GRADIENT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _places(rows, k, stride_out, stride_in):  # type: ignore[no-untyped-def]
+    """Where these rows and columns of the dense weight are stored."""
+    return rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
+
+
+@triton.jit
+def _both(down, across):  # type: ignore[no-untyped-def]
+    """The mask of a tile from those of its rows and columns."""
+    return down[:, None] & across[None, :]
 
 
 @triton.jit
@@ -162,7 +174,7 @@ def _lowrank(  # type: ignore[no-untyped-def]
         r = r0 + tl.arange(0, BLOCK_R)
         u = tl.load(U + rows[:, None] * RANK + r[None, :], mask=(r < RANK)[None, :], other=0.0)
         at = k[None, :] * RANK + r[:, None]
-        v = tl.load(V + at, mask=(k < in_features)[None, :] & (r < RANK)[:, None], other=0.0)
+        v = tl.load(V + at, mask=_both(r < RANK, k < in_features), other=0.0)
         acc = tl.dot(u, v, acc, input_precision=PRECISION)
     return acc
 
