@@ -192,7 +192,7 @@ def applies(projector: Projector, weight: Tensor, part: torch.dtype) -> bool:
 def project(projector: Projector, weight: Tensor, blocks: Tensor, u: Tensor) -> bool:
     """Write P of the weight to blocks and u; False where the kernels cannot be compiled: then none is tried again."""
     try:
-        with torch.cuda.device_of(weight):
+        with torch.cuda.device_of(weight), torch.autocast(weight.device.type, enabled=False):
             _project(projector, weight, blocks, u)
     except Exception as cause:
         return _give_up(cause)
@@ -202,7 +202,7 @@ def project(projector: Projector, weight: Tensor, blocks: Tensor, u: Tensor) -> 
 def adjoint(projector: Projector, gradient: Tensor, g_blocks: Tensor, g_u: Tensor) -> bool:
     """Write the weight's gradient; False likewise."""
     try:
-        with torch.cuda.device_of(gradient):
+        with torch.cuda.device_of(gradient), torch.autocast(gradient.device.type, enabled=False):
             _adjoint(projector, gradient, g_blocks, g_u)
     except Exception as cause:
         return _give_up(cause)
