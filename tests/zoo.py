@@ -290,19 +290,24 @@ def without_dropout(model: nn.Module) -> nn.Module:
 class WeightFlops(TorchDispatchMode):
     """Counts, below autograd, the flops of matmuls and convolutions with a weight: `weight` is their sum.
 
-    An operand is a weight if it shares memory with a parameter, or was computed from such operands alone.
+    An operand is a weight if it shares memory with a parameter, or was computed from such operands alone; vectors, and
+    what is computed from vectors alone, are not counted.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.weight = 0
-        self._memory = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        self._memory = {p.untyped_storage().data_ptr(): p.dim() > 1 for p in model.parameters()}  # -> does it count
         self._alive: list[Tensor] = []  # so that no memory is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [self._is_weight(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [
+            self._memory.get(x.untyped_storage().data_ptr())
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, Tensor)
+        ]
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         self._alive += made
         packet = func._overloadpacket
@@ -312,10 +317,7 @@ class WeightFlops(TorchDispatchMode):
                 self.weight += flop_registry[packet](*args, **kwargs, out_val=result)
         if str(packet).startswith(("aten._grouped_mm", "transformers.grouped_mm")):  # torch does not count these
             self.weight += 2 * result.numel() * args[0].shape[-1]
-        # What is gathered from a weight is one, whatever the index.
-        if given and (all(given) or (packet is torch.ops.aten.index and given[0])):
-            self._memory |= {x.untyped_storage().data_ptr() for x in made}
+        # Matrices that an index picks from a weight are weights, rows of a table are not.
+        if given and (None not in given or (packet is torch.ops.aten.index and given[0] and args[0].dim() > 2)):
+            self._memory |= {x.untyped_storage().data_ptr(): any(given) for x in made}
         return result
-
-    def _is_weight(self, x: Tensor) -> bool:
-        return x.untyped_storage().data_ptr() in self._memory
