@@ -99,18 +99,6 @@ def integers(low: int, high: int, *shape: int) -> Tensor:
 # ---- what the rules do not find ----
 
 
-HIERA: dict[str, Any] = {
-    "backbone_channel_list": [64, 64, 64, 64],
-    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-    "backbone_config": {
-        "image_size": [64, 64],
-        "blocks_per_stage": [1, 1, 1, 1],
-        "embed_dim_per_stage": [64, 64, 64, 64],
-        "num_attention_heads_per_stage": [2, 2, 2, 2],
-        "window_size_per_stage": [8, 8, 4, 4],
-        "global_attention_blocks": [2],
-    },
-}
 EFFICIENTNET = {
     "in_channels": [32, 16],
     "out_channels": [16, 64],
@@ -195,8 +183,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"num_hidden_layers": 2},
     "sam": {"vision_config": {"output_channels": 64, "num_pos_feats": 32, "global_attn_indexes": [0]}},
-    "sam2": {"vision_config": HIERA},
-    "sam2_vision_model": HIERA,
     "seggpt": {
         "image_size": [64, 32],
         "pretrain_image_size": 32,
@@ -216,7 +202,6 @@ FIELDS: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": {"num_filters": 4},
         "semantic_tokenizer_encoder_config": {"num_filters": 4},
     },
-    "vits": {"spectrogram_bins": 33, "upsample_initial_channel": 64, "flow_size": 64},
     "wav2vec2-bert": {"feature_projection_input_dim": 160},
     "xcodec": {"acoustic_model_config": {"downsampling_ratios": [8, 5, 4, 2]}},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
