@@ -22,9 +22,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor_config
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._pytree import tree_map_only
 
 from pixelfly_compiler.kernels import lowering_gpu
 from pixelfly_compiler.kernels.gpus import Gpu
@@ -67,19 +68,22 @@ def generate(gm: GraphModule, example_inputs: Sequence[Any], gpu: Gpu, **kwargs:
 
 
 def to_device(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModule, list[Any]]:
-    """The graph with cuda:0 in place of the CPU, in its nodes' arguments and in its fake values; `gm` is changed."""
-    mode = torch._guards.detect_fake_mode(list(example_inputs))
-    inputs = [_moved(value, mode) for value in example_inputs]
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            node.args = map_aggregate(node.args, _device)
-            node.kwargs = map_aggregate(node.kwargs, _device)
-        elif node.op == "get_attr" and _is_large(getattr(gm, str(node.target), None)):
-            with gm.graph.inserting_after(node):
-                copy = gm.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"device": _GPU})
-            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
-    gm.recompile()
-    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
+    """The graph with cuda:0 in place of the CPU, in its nodes' arguments and in their fake values; `gm` is changed, and
+    so are the branches and loops inside of it.
+
+    Operators are not run again here: behind a convolution, whose output a GPU lays out otherwise, there are views that
+    only the CPU's layout allows. Inductor runs them, after it has made reshapes of views.
+    """
+    moved = _Moved()
+    inputs = tree_map_only(FakeTensor, moved, list(example_inputs))
+    for module in (module for module in gm.modules() if isinstance(module, GraphModule)):
+        for node in list(module.graph.nodes):
+            if node.op == "get_attr":
+                _move_constant(node, getattr(module, str(node.target), None))
+            else:
+                node.args, node.kwargs = map_aggregate(node.args, _device), map_aggregate(node.kwargs, _device)
+                node.meta["val"] = tree_map_only(FakeTensor, moved, node.meta.get("val"))
+        module.recompile()
     return gm, inputs
 
 
@@ -87,16 +91,32 @@ def _device(value: Any) -> Any:
     return _GPU if value == torch.device("cpu") and isinstance(value, torch.device) else value
 
 
-def _is_large(value: Any) -> bool:
+def _move_constant(node: Node, constant: Any) -> None:
     """Constants with dimensions must be where the others are; numbers may stay on the CPU."""
-    return isinstance(value, Tensor) and value.dim() > 0
+    if not isinstance(constant, Tensor) or constant.dim() == 0:
+        return
+    with node.graph.inserting_after(node):
+        lifted = node.graph.call_function(torch.ops.aten.lift_fresh_copy.default, (node,))
+    with node.graph.inserting_after(lifted):
+        copy = node.graph.call_function(torch.ops.prims.device_put.default, (lifted, _GPU))
+    node.replace_all_uses_with(copy, delete_user_cb=lambda user: user is not lifted)
 
 
-def _moved(value: Any, mode: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    with mode:
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=_GPU)
+class _Moved:
+    """The fake value on cuda:0 that stands for one on the CPU, once for each. They share what those shared: Inductor
+    decides by the storages what it may overwrite.
+    """
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[FakeTensor, FakeTensor]] = {}
+
+    def __call__(self, value: FakeTensor) -> FakeTensor:
+        if value.device.type != "cpu":
+            return value
+        if id(value) not in self.made:
+            with in_kernel_invocation_manager(value.fake_mode):
+                self.made[id(value)] = value, FakeTensor(value.fake_mode, value, _GPU)
+        return self.made[id(value)][1]
 
 
 # ------------------------------------------------------------------------------------------- around Inductor's compile
@@ -122,7 +142,7 @@ def _scratch_caches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _not_loaded() -> Iterator[list[str]]:
-    """The list gets the wrapper's source; its module, which would load the kernels, is not run."""
+    """The list gets the wrapper's source; its module, which would load the kernels, is not run. Constants stay here."""
     from torch._inductor.graph import GraphLowering
 
     wrappers: list[str] = []
@@ -132,7 +152,10 @@ def _not_loaded() -> Iterator[list[str]]:
         wrappers.append(code.value if hasattr(code, "value") else code)
         return SimpleNamespace(call=_not_here)
 
-    with patch.object(GraphLowering, "compile_to_module", compile_to_module):
+    with (
+        patch.object(GraphLowering, "compile_to_module", compile_to_module),
+        patch.object(GraphLowering, "constant_name", lambda graph, name, device_override: name),
+    ):
         yield wrappers
 
 

@@ -15,6 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
 
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 
@@ -98,7 +100,26 @@ def _answers(gpu: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield torch.version, "hip", "6.4" if gpu.backend == "hip" else None
     yield torch.version, "cuda", None if gpu.backend == "hip" else (torch.version.cuda or "13.0")
     yield fake_tensor, "init_gpu_context", lambda *args: None
+    yield fake_tensor.FakeTensorMode, "avoid_device_init", True  # constants are not copied to it
+    for name, method in _METHODS.items():
+        yield fake_tensor.FakeTensor, name, method
     yield triton_helpers, "set_driver_to_gpu", lambda: None
+
+
+def _getitem(self: FakeTensor, index: Any) -> FakeTensor:
+    with in_kernel_invocation_manager(self.fake_mode):
+        found = Tensor.__getitem__(self, index)
+    return FakeTensor(self.fake_mode, found, self.device)
+
+
+# Python's own methods, unlike operators, switch to the device of a tensor first, also if the tensor is fake.
+_METHODS: dict[str, Any] = {
+    "__getitem__": _getitem,
+    "__invert__": lambda self: torch.bitwise_not(self),
+    "contiguous": lambda self, **options: torch.ops.aten.contiguous.default(self, **options),
+    "copy_": lambda self, source, non_blocking=False: torch.ops.aten.copy_.default(self, source, non_blocking),
+    "nonzero": lambda self: torch.ops.aten.nonzero.default(self),
+}
 
 
 def _properties(gpu: Gpu) -> SimpleNamespace:

@@ -119,9 +119,12 @@ def own_copy(gm: GraphModule) -> GraphModule:
 
 
 def _copy_of_graph(gm: GraphModule) -> GraphModule:
-    """A new graph over the same tensors and submodules."""
+    """A new graph over the same tensors and submodules. The branches and loops inside of it are new graphs too."""
     own = GraphModule(gm, copy.deepcopy(gm.graph))
     own.meta = dict(gm.meta)
+    for name, inner in own.named_children():
+        if isinstance(inner, GraphModule):
+            setattr(own, name, _copy_of_graph(inner))
     return own
 
 

@@ -99,6 +99,35 @@ def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
     assert not any("densify" in line for name in emission.wrappers for line in calls(tmp_path / name))
 
 
+class Assorted(nn.Module):
+    """What is no matmul, of a language model and of a vision model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100, 64)
+        self.row = nn.Conv1d(64, 64, 4, padding=3, groups=64)
+        self.image = nn.Conv2d(64, 64, 7, padding=3, groups=64)
+        self.first, self.second = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = nn.functional.dropout(self.table(tokens), 0.1, self.training)
+        x = self.row(x.mT)[:, :, :64].mT.clone()
+        x[:, 1:] = x[:, :-1] * torch.tensor([2.0]).to(x) + torch.arange(64).to(x)
+        x = self.image(x.reshape(-1, 8, 8, 64).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.second(nn.functional.gelu(self.first(x))) * torch.tensor([0.1 * i for i in range(64)]).to(x)
+        return torch.cond(x.sum() > 0, lambda x: self.second(self.first(x)), lambda x: x + x.new_ones(()), (x,))
+
+
+@needs_triton
+def test_a_model_of_more_than_matmuls(tmp_path: Path) -> None:
+    """Dropout, an embedding's gradient, convolutions, constants, writes, branches: what is else in models."""
+    model = Assorted().bfloat16()
+    tokens = torch.randint(0, 100, (4, 64))
+    emission = pixelfly_compiler.emit(model, tokens, out_dir=tmp_path, training=True, force=True)
+    assert {"first.weight", "second.weight"} == {site for kernel in emission.kernels for site in kernel.sites}
+    assert all("cpu" not in line for name in emission.wrappers for line in calls(tmp_path / name))
+
+
 @needs_triton
 def test_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "model.py"
