@@ -1,14 +1,17 @@
 """A GPU that is not there: what torch and Triton ask a device for, answered from a description.
 
 Inside `virtual_device(gpu)` Inductor generates code for `gpu` and Triton compiles it, on any machine and any build of
-torch; nothing can be launched. Everything replaced is put back at the end, and what was cached about devices in between
-is forgotten, so that a real GPU of this process is seen again as it is.
+torch; nothing can be launched, and the caches of the machine are neither read nor written. Everything replaced is put
+back at the end, and what was cached about devices in between is forgotten, so that a real GPU of this process is seen
+again as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +64,7 @@ def virtual_device(gpu: Gpu) -> Iterator[None]:
     """In the block `gpu` is cuda:0, the only device, as far as code generation can tell."""
     with contextlib.ExitStack() as stack:
         stack.callback(_forget_devices)
+        stack.enter_context(_environment())
         for target, name, value in _answers(gpu):
             if hasattr(target, name):
                 stack.enter_context(patch.object(target, name, value))
@@ -139,6 +143,19 @@ def _properties(gpu: Gpu) -> SimpleNamespace:
         warp_size=gpu.warp,
         gcnArchName=str(gpu.arch) if gpu.backend == "hip" else "",
     )
+
+
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """Caches that end with the block, and binaries without the paths of scratch files in their line numbers."""
+    with tempfile.TemporaryDirectory(prefix="pixelfly-emit-", ignore_cleanup_errors=True) as folder:
+        variables = {
+            "TORCHINDUCTOR_CACHE_DIR": folder,
+            "TRITON_CACHE_DIR": os.path.join(folder, "triton"),
+            "TRITON_DISABLE_LINE_INFO": "1",
+        }
+        with patch.dict(os.environ, variables):
+            yield
 
 
 @contextlib.contextmanager

@@ -68,6 +68,17 @@ def calls(wrapper: Path) -> list[str]:
 
 
 @needs_triton
+def test_the_same_model_gets_the_same_files(tmp_path: Path) -> None:
+    def files() -> dict[Path, bytes]:
+        pixelfly_compiler.emit(model, args, out_dir=tmp_path, force=True)
+        return {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    model, args = mlp()
+    once = files()
+    assert files() == once and not any(b"pixelfly-emit" in text for text in once.values())
+
+
+@needs_triton
 def test_amd_gets_an_hsaco_with_mfma(tmp_path: Path) -> None:
     model, args = mlp()
     with torch.no_grad():
@@ -85,6 +96,14 @@ def test_attention_and_tied_layers_of_a_transformer(tmp_path: Path) -> None:
     emission = pixelfly_compiler.emit(model, torch.randn(2, 64, 128), out_dir=tmp_path, force=True, block_size=32)
     shared = [kernel for kernel in emission.kernels if len(kernel.sites) == 2]
     assert any({"layers.0.linear1.weight", "layers.1.linear1.weight"} == set(kernel.sites) for kernel in shared)
+
+
+@needs_triton
+def test_a_kernel_of_weights_at_different_depths_is_reported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Sequential(nn.Linear(64, 64, bias=False)))
+    emission = pixelfly_compiler.emit(model, torch.randn(64, 64), out_dir=tmp_path, force=True, block_size=16)
+    assert [kernel.sites for kernel in emission.kernels] == [("0.weight", "1.0.weight")]
+    assert "0.weight, 1.0.weight (2)" in str(emission)
 
 
 @needs_triton
@@ -180,10 +199,11 @@ def test_old_gpus_stay_dense_with_a_reason(
 
 
 @needs_triton
-def test_nothing_of_the_virtual_device_remains(tmp_path: Path) -> None:
+def test_nothing_of_the_virtual_device_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.compile_fx
     from torch.utils._triton import has_triton
 
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)  # as in a new process
     before = snapshot()
     pixelfly_compiler.emit(*mlp(), out_dir=tmp_path, force=True)
     assert snapshot() == before and has_triton() == torch.cuda.is_available()
