@@ -99,9 +99,13 @@ def _row(entries: Sequence[Entry]) -> list[str]:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """layers.0.fc and layers.1.fc -> layers.*.fc"""
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
+    """layers.0.fc and layers.1.fc -> layers.*.fc; those of another depth after a comma."""
+    by_length: dict[int, list[list[str]]] = {}
+    for name in names:
+        parts = name.split(".")
+        by_length.setdefault(len(parts), []).append(parts)
+    patterns = (zip(*alike, strict=True) for alike in by_length.values())
+    return ", ".join(".".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns) for columns in patterns)
 
 
 def summary(plan: Plan) -> list[str]:
