@@ -16,7 +16,8 @@ from pixelfly_compiler.kernels.gpus import Gpu
 class LinearShape:
     """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
 
-    `exact` asks for IEEE fp32 products, which no tensor core computes.
+    `exact` asks for IEEE fp32 products, which no tensor core computes. `random`: dropout follows, and draws its numbers
+    in the epilogue.
     """
 
     rows: int
@@ -27,6 +28,7 @@ class LinearShape:
     rank: int
     itemsize: int
     exact: bool = False
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
     """What all families agree on: tiles as tall as the rows allow, small blocks side by side up to 64 outputs."""
     if shape.exact:
         most_m, most_n = min(most_m, 64), min(most_n, 64)
+    if shape.random:
+        most_n = min(most_n, 64)
     block_m = min(max(_power_of_two(shape.rows), 16), most_m)
     block_n = min(shape.block_n, most_n)
     groups = max(64 // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
@@ -171,12 +175,15 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
     """The launch for few rows spread over more programs, and with no more stages than fit."""
     if shape.exact:
         launch = replace(launch, warps=8)
+    if shape.random:  # ten rounds of a generator of four numbers: with 64 outputs a thread they spill
+        launch = replace(launch, warps=max(launch.warps, 256 // gpu.warp))
     if shape.rows <= 64:
         launch = replace(launch, groups=1)
         while launch.block_n > 16 and 2 * shape.out_features < launch.block_n * gpu.multiprocessors:
             launch = replace(launch, block_n=launch.block_n // 2)
-        if launch.block_n <= 64 and not shape.exact:
-            launch = replace(launch, warps=min(launch.warps, 4))  # else a thread loads less than 16 bytes at a time
+        if launch.block_n <= 64 and not shape.exact:  # each thread loads 16 bytes at a time
+            step = launch.block_k * min(launch.block_m, launch.block_n) * shape.itemsize
+            launch = replace(launch, warps=min(launch.warps, 4, max(step // (16 * gpu.warp), 1)))
     while launch.stages > 1 and launch.shared_memory(shape.itemsize) > _room(gpu):
         launch = replace(launch, stages=launch.stages - 1)
     return launch

@@ -148,7 +148,7 @@ class _Emitter:
             compact = CompactInputs(rewritten.added, CompactWeights(), self.plan.basis)
             kept = rewritten.kept
             inputs = [example_inputs[position] for position in kept]
-            served = _served(rewritten.added, len(inputs), {position: name for name, position in positions.items()})
+            served = _served(rewritten.added, len(inputs), [(positions[site.parameter], site) for site in found.sites])
             inputs += as_leaves(compact.examples(tuple(example_inputs)))
         served |= _served_by_compact_models(positions, kept)
         with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
@@ -216,9 +216,10 @@ class _Writer:
 # ---- which site a node of AOTAutograd's graphs belongs to ----
 
 
-def _served(added: Sequence[CompactInput], kept: int, names: Mapping[int, str]) -> dict[int, str]:
-    """Position of a graph's input that holds the blocks of a weight -> the weight's name."""
-    return {kept + place: names[key.weight] for place, key in enumerate(added) if key.part == "blocks"}
+def _served(added: Sequence[CompactInput], kept: int, sites: Sequence[tuple[int, Site]]) -> dict[int, str]:
+    """Position of a graph's input that holds the blocks of a weight, or of a part of one -> the site's name."""
+    names = {(position, site.region): site.name for position, site in sites}
+    return {kept + place: names[key.weight, key.region] for place, key in enumerate(added) if key.part == "blocks"}
 
 
 def _served_by_compact_models(positions: Mapping[str, int], kept: Sequence[int]) -> dict[int, str]:

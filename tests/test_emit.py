@@ -106,6 +106,24 @@ def test_a_kernel_of_weights_at_different_depths_is_reported(tmp_path: Path) -> 
     assert "0.weight, 1.0.weight (2)" in str(emission)
 
 
+class Sliced(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(192, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight[:64]) * nn.functional.linear(x.exp(), self.weight[64:128])
+
+
+@needs_triton
+def test_parts_of_a_weight_are_sites_of_their_own(tmp_path: Path) -> None:
+    args = torch.randn(64, 64)
+    emission = pixelfly_compiler.emit(Sliced(), args, out_dir=tmp_path, training=True, force=True, block_size=16)
+    ours = [kernel for kernel in emission.kernels if kernel.sites]
+    assert {site for kernel in ours for site in kernel.sites} == {entry.name for entry in emission.plan.sparse}
+    assert all(kernel.seconds for kernel in ours) and "weight[0:64]" in str(emission)
+
+
 @needs_triton
 def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
     model, args = mlp()
@@ -286,8 +304,22 @@ def test_half_precision_uses_tensor_cores_without_spills(target: str, dtype: tor
 @needs_triton
 @pytest.mark.parametrize("target", TENSOR_CORES)
 def test_fp32_and_few_rows(target: str) -> None:
-    for binary in [*compiled(target, torch.float32, 64, 4096), *compiled(target, torch.bfloat16, 64, 16)]:
+    few = [binary for block in (32, 64) for binary in compiled(target, torch.bfloat16, block, 16)]
+    for binary in [*compiled(target, torch.float32, 64, 4096), *few]:
         check_resources(binary, KNOWN[target])
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TENSOR_CORES)
+def test_dropout_in_the_epilogue_does_not_spill(target: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Dropout(0.1)).bfloat16()
+    args = torch.randn(4096, 256, dtype=torch.bfloat16)
+    options = {"training": True, "force": True, "block_size": 128, "include": ["0.weight"]}
+    emission = pixelfly_compiler.emit(model, args, target=target, out_dir=tmp_path, **options)
+    for kernel in (kernel for kernel in emission.kernels if kernel.sites):
+        check_resources(kernel, KNOWN[target])
+        assert kernel.tensor_core.get(TENSOR_CORES[target])
+    assert any("dropout" in kernel.name for kernel in emission.kernels if kernel.sites)
 
 
 @needs_triton
