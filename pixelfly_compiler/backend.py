@@ -80,7 +80,7 @@ def pixelfly(
     if not configs:
         return announcer.watch(inductor(gm, example_inputs, patches), plan, origin.whole)
     planned = {site.name: example_inputs[weights[site.parameter]] for site in found.sites if site.name in configs}
-    _check_basis(plan, list(planned.values()))
+    check_basis(plan, list(planned.values()))
     rewritten = rewrite(gm, found.matches, configs, weights, share_basis=plan.basis == "fixed")
     compact = CompactInputs(rewritten.added, _weights, plan.basis)
     _mark_lasting(gm, rewritten, training=any(weight.requires_grad for weight in planned.values()))
@@ -210,7 +210,7 @@ def sparse_configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:
     return configs
 
 
-def _check_basis(plan: Plan, weights: Sequence[Tensor]) -> None:
+def check_basis(plan: Plan, weights: Sequence[Tensor]) -> None:
     if plan.basis == "svd" and torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
         raise OptionError(
             "basis 'svd' depends on the weights and has no gradient, but this model is being trained",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ def emit(source: str, **options: Any) -> None:
 
     model, args, kwargs = _call(_factory(source), source)
     try:
-        emission = write(model, args, kwargs, **options)
+        with _progress():
+            emission = write(model, args, kwargs, **options)
     except (PixelflyError, OSError) as cause:
         raise click.ClickException(str(cause)) from cause
     click.echo(str(emission.plan))
@@ -100,6 +103,19 @@ def calibrate() -> None:
         for rows, line in zip(DENSE_ROWS, grid, strict=True):
             click.echo(f"    {rows:>6}" + "".join(f"{seconds * 1e6:>10.0f}us" for seconds in line))
     click.echo(f"  memory: {device.bandwidth / 1e9:.0f} GB/s")
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """What takes a while says how far it is."""
+    logging.basicConfig(format="%(message)s")
+    log = logging.getLogger("pixelfly_compiler")
+    before = log.level
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _factory(target: str) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
-from pixelfly_compiler.backend import as_leaves, inductor, own_copy, sparse_configs, weight_positions
+from pixelfly_compiler.backend import as_leaves, check_basis, inductor, own_copy, sparse_configs, weight_positions
 from pixelfly_compiler.capture import capture, run_once
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
@@ -36,13 +38,16 @@ from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
 
+log = logging.getLogger("pixelfly_compiler")
+
 
 @dataclass(frozen=True)
 class EmittedKernel:
     """One Triton kernel: whose it is, what it needs, where its files are.
 
     `sites`: the weights that a kernel of ours serves; none for those that Inductor made of the rest of the model.
-    `spills`: bytes of local memory per thread. `seconds`: predicted for one call, its product with v or u included.
+    `spills`: bytes of local memory per thread. `seconds`: predicted for one call of ours, its product with v or u
+    included; none for others, and where the plan lacks the site, as for compact models.
     """
 
     name: str
@@ -99,7 +104,8 @@ def emit(
     """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels (source, machine code), report.json.
 
     The model and its inputs stay on the CPU. `training` adds the gradients. `options` are those of `Config`:
-    budget=0.25, block_size=, ... Raises `OptionError` for a target that is not known, `EmitError` without Triton.
+    budget=0.25, block_size=, ... What an earlier emission wrote to `out_dir` is removed. Raises `OptionError` for a
+    target that is not known, `EmitError` without Triton or for what is not on the CPU.
     """
     gpu = _gpu(target)
     config, others = Config.from_options(options)
@@ -107,10 +113,14 @@ def emit(
         raise TypeError(f"emit() got an unexpected option {next(iter(others))!r}")
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
     model = getattr(model, "_orig_mod", model)
+    _check(model, (positional, kwargs))
+    folder = _emptied(Path(out_dir))
     weights = dict(model.named_parameters())
-    found = capture(model, positional, kwargs)
+    found = capture(model, positional, kwargs, training=training)
     plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
-    emitter = _Emitter(model, gpu, plan, Path(out_dir), {site.name: site for site in found.sites})
+    with torch.set_grad_enabled(training):
+        check_basis(plan, [weights[site.parameter] for site in found.sites if plan[site.name].config])
+    emitter = _Emitter(model, gpu, plan, folder, {site.name: site for site in found.sites})
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run_once(model, positional, kwargs, emitter, grad=training)
     emission = Emission(target, emitter.folder, plan, tuple(emitter.wrappers), tuple(emitter.kernels))
@@ -126,6 +136,36 @@ def _gpu(target: str) -> Gpu:
     return KNOWN[target]
 
 
+def _check(model: Any, inputs: Any) -> None:
+    """The model is a module, and all that it computes with is on the CPU."""
+    if not isinstance(model, nn.Module):
+        raise EmitError(
+            f"the model is a {type(model).__name__}", next_step="give an nn.Module whose weights are to be sparse"
+        )
+    arguments = [("an argument", value) for value in tree_leaves(inputs) if isinstance(value, Tensor)]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers(), *arguments):
+        if tensor.device.type != "cpu":
+            raise EmitError(
+                f"{name} is on {str(tensor.device)!r}",
+                next_step="the model is traced on the CPU, whatever the target: bring it and its arguments there",
+            )
+
+
+def _emptied(folder: Path) -> Path:
+    """The folder, without what an earlier emission says that it wrote there."""
+    (folder / "kernels").mkdir(parents=True, exist_ok=True)
+    report = folder / "report.json"
+    if report.exists():
+        try:
+            written = json.loads(report.read_text())
+            names = [*written["wrappers"], *(file for kernel in written["kernels"] for file in kernel["files"])]
+        except (ValueError, KeyError, TypeError) as cause:
+            raise EmitError(f"{report} is not what emit wrote", next_step="choose another folder") from cause
+        for name in (*names, report.name):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
 class _Emitter:
     """The backend that writes code instead of running it; the model itself runs eagerly."""
 
@@ -133,7 +173,6 @@ class _Emitter:
         self.model, self.gpu, self.plan, self.folder, self.sites = model, gpu, plan, folder, sites
         self.wrappers: list[str] = []
         self.kernels: list[EmittedKernel] = []
-        (folder / "kernels").mkdir(parents=True, exist_ok=True)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         graph = split_joined_weights(open_composites(own_copy(gm)))
@@ -161,6 +200,7 @@ class _Emitter:
 
         label = f"{'backward' if kwargs.get('is_backward') else 'forward'}_{len(self.wrappers)}"
         code = generate(gm, example_inputs, self.gpu, **kwargs)
+        log.info("pixelfly: compiling %d kernels of %s for %s", len(code.kernels), label, self.gpu.target)
         wrapper = self.folder / f"{label}.py"
         wrapper.write_text(code.wrapper)
         self.wrappers.append(wrapper.name)

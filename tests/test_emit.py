@@ -184,6 +184,50 @@ def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
         pixelfly_compiler.emit(model, args, target="cuda:42", out_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("model", "args", "message"),
+    [
+        (nn.Linear(64, 64, device="meta"), torch.randn(8, 64), r"weight is on 'meta'[^$]*on the CPU"),
+        (nn.Linear(64, 64), torch.randn(8, 64, device="meta"), "an argument is on 'meta'"),
+        (torch.sin, torch.randn(8, 64), "the model is a builtin_function_or_method"),
+    ],
+)
+@needs_triton
+def test_what_cannot_be_traced_here_is_refused(model: Any, args: Tensor, message: str, tmp_path: Path) -> None:
+    with pytest.raises(EmitError, match=message):
+        pixelfly_compiler.emit(model, args, out_dir=tmp_path)
+
+
+@needs_triton
+def test_a_basis_of_trained_weights_is_refused_in_training(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'svd'"):
+        pixelfly_compiler.emit(*mlp(), out_dir=tmp_path, basis="svd", force=True, training=True)
+
+
+@needs_triton
+def test_what_was_emitted_before_is_replaced(tmp_path: Path) -> None:
+    report = {"wrappers": ["backward_1.py"], "kernels": [{"files": ["kernels/old.cubin"]}]}
+    (tmp_path / "kernels").mkdir()
+    for name, text in {
+        "report.json": json.dumps(report),
+        "backward_1.py": "",
+        "kernels/old.cubin": "",
+        "own": "",
+    }.items():
+        (tmp_path / name).write_text(text)
+    pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels", "report.json", "forward_0.py", "own"}
+    assert not (tmp_path / "kernels" / "old.cubin").exists()
+
+
+@needs_triton
+def test_a_report_of_others_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("[1, 2]")
+    with pytest.raises(EmitError, match="is not what emit wrote"):
+        pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
+    assert (tmp_path / "report.json").read_text() == "[1, 2]"
+
+
 def test_without_triton_emit_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model, args = mlp()
