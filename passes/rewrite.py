@@ -36,14 +36,13 @@ from pixelfly_compiler.passes.weights import (
     value_of,
 )
 
-PARTS = ("blocks", "u", "v", "index")
-
 
 @dataclass(frozen=True)
 class CompactInput:
-    """One input that the rewritten graph takes instead of a weight: one of `PARTS` of the weight at position `weight`.
+    """One input that the rewritten graph takes instead of a weight.
 
-    `transposed`: the weight is stored (in, out), in `region` of the parameter.
+    `part`: blocks, u or v, or the support's index; `weight`: its position among the inputs. `transposed`: it is stored
+    (in, out), in `region` of the parameter.
     """
 
     part: str

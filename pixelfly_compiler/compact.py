@@ -8,12 +8,13 @@ forms live as long as the weights. In training the projection is differentiable:
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.projection import project_each
 from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support
-from pixelfly_compiler.passes.rewrite import PARTS, CompactInput
+from pixelfly_compiler.passes.rewrite import CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
 from pixelfly_compiler.passes.weights import Region
 
-INDEX = PARTS.index("index")
 MOST_SAMPLES = 16  # elements of a matrix that are looked at in each call
+INTEGERS: dict[int, Literal["h", "i", "q"]] = {2: "h", 4: "i", 8: "q"}  # bytes -> format that memoryviews compare fast
 
 
 @lru_cache(maxsize=512)
@@ -38,8 +39,7 @@ def _basis(in_features: int, rank: int, device: torch.device, dtype: torch.dtype
     return projection.fixed_basis(in_features, rank).to(device, dtype)
 
 
-@dataclass(frozen=True)
-class Compact:
+class Compact(NamedTuple):
     """blocks (nnz, b, b), u (out, r), v (in, r) of one weight, in the dtype the matmul runs in.
 
     Those of a weight of several matrices are stacked; v is not with the fixed basis, which all share.
@@ -77,14 +77,23 @@ class _Entry:
     seen: Tensor  # a copy of the sample
     compact: Compact
 
-    @cached_property
-    def values(self) -> list[Any] | None:
-        """What the sample is compared with in each call; on a GPU `drop_changed` does it, for all weights at once."""
-        return self.seen.tolist() if self.seen.is_cpu else None
-
     def is_of(self, weight: Tensor) -> bool:
         """Is the weight where it was, and written to by nothing that leaves a trace?"""
         return self.version is not None and self.version == weight._version and self.data_ptr == weight.data_ptr()
+
+    def has_changed(self) -> bool:
+        """Is the sample, of a weight that lies where it did, other than it was? On a GPU `drop_changed` asks, for all
+        weights at once.
+        """
+        return self._now != self._then
+
+    @cached_property
+    def _now(self) -> list[memoryview]:
+        return _memory(self.sample)
+
+    @cached_property
+    def _then(self) -> list[memoryview]:
+        return _memory(self.seen)
 
 
 class CompactWeights:
@@ -104,7 +113,7 @@ class CompactWeights:
         """The compact form of the weight as it is now, without autograd."""
         entries = self._of(weight)
         entry = entries.get(form.name)
-        if entry is None or not entry.is_of(weight) or (entry.values and entry.sample.tolist() != entry.values):
+        if entry is None or not entry.is_of(weight) or entry.has_changed():
             entry = entries[form.name] = _entry(weight, form)
         return entry.compact
 
@@ -151,8 +160,6 @@ def _sample(matrix: Tensor) -> Tensor:
     """A few elements (k,) along the antidiagonal of a weight, or (n, k) of each of its matrices, as integers, in its
     own memory. What is written to `weight.data` leaves no trace in the version, and some optimizers write there: but
     then hardly any element stays as it is.
-
-    To be read without numpy, after which FSDP could not free the weight's storage.
     """
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.element_size()]
     (rows, cols), (row, col) = matrix.shape[-2:], matrix.stride()[-2:]
@@ -161,6 +168,19 @@ def _sample(matrix: Tensor) -> Tensor:
     size, stride = (*matrix.shape[:-2], count), (*matrix.stride()[:-2], abs(down - across))
     first = matrix.storage_offset() + (count - 1) * min(down, across)
     return matrix.as_strided(size, stride, first).view(integer)
+
+
+def _memory(sample: Tensor) -> list[memoryview]:
+    """Each line of a sample as it lies in the memory of the CPU, to be compared without a call of torch's; and not by
+    numpy, after which FSDP could not free the weight's storage.
+    """
+    if not sample.is_cpu:
+        return []
+    size, step = sample.element_size(), sample.stride(-1)
+    count = sample.shape[-1] if step else 1
+    span = ctypes.c_char * (((count - 1) * step + 1) * size)
+    lines = [memoryview(span.from_address(line.data_ptr())) for line in torch.atleast_2d(sample)]
+    return [line.cast("B").cast(INTEGERS[size])[:: step or 1] for line in lines]
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:
@@ -212,7 +232,11 @@ class CompactInputs:
         self.weights = weights
         forms = [Form(key.weight, key.config, key.transposed, key.dtype, basis, key.region) for key in added]
         self.forms = list(dict.fromkeys(forms))
-        self.parts = [(self.forms.index(form), PARTS.index(key.part)) for form, key in zip(forms, added, strict=True)]
+        self.wanted = [(form, key.part) for form, key in zip(forms, added, strict=True)]
+        made = [(form, part) for form in self.forms for part in Compact._fields]
+        made += [(form, "index") for form in self.forms]
+        place = {wanted: place for place, wanted in enumerate(made)}
+        self.places = [place[wanted] for wanted in self.wanted]
         self.indices: list[Tensor] = []
         self.elsewhere: list[int] = []  # positions of the weights that are not on the CPU
 
@@ -223,12 +247,15 @@ class CompactInputs:
         if self.elsewhere and not torch.cuda.is_current_stream_capturing():  # what is captured cannot be waited for
             self.weights.drop_changed(args[position] for position in self.elsewhere)
         training = torch.is_grad_enabled()
-        made = [self._parts(args[form.weight], form, training) for form in self.forms]
-        return [made[i][part] if part != INDEX else self.indices[i] for i, part in self.parts]
+        made: list[Tensor] = []
+        for form in self.forms:
+            made += self._parts(args[form.weight], form, training)
+        made += self.indices
+        return [made[place] for place in self.places]
 
     def examples(self, args: tuple[Any, ...]) -> list[Tensor]:
         """Uninitialised tensors like those of a call, where only shapes matter: no weight is projected."""
-        return [self._example(args[self.forms[i].weight], self.forms[i], PARTS[part]) for i, part in self.parts]
+        return [self._example(args[form.weight], form, part) for form, part in self.wanted]
 
     def prepare(self, args: tuple[Any, ...]) -> None:
         """Begin to compile what a call will need."""
@@ -254,7 +281,7 @@ class CompactInputs:
         """blocks, u and v, differentiable if `training` the weight."""
         compact = self.weights.get(weight, form)
         if not (training and weight.requires_grad):
-            return compact.blocks, compact.u, compact.v
+            return compact
         return *_Project.apply(_matrix(weight, form), form, compact), compact.v
 
     def _index(self, args: tuple[Any, ...], form: Form) -> Tensor:

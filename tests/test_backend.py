@@ -340,8 +340,16 @@ def test_samples_lie_in_the_weight_and_see_what_keeps_its_diagonal(shape: tuple[
     assert sample.numel() == math.prod(shape[:-2]) * min(*shape[-2:], compact.MOST_SAMPLES)
     assert set(sample.view(torch.float32).flatten().tolist()) <= set(weight.flatten().tolist())
     before = sample.clone()
+    now, then = compact._memory(sample), compact._memory(before)
+    assert [line.tolist() for line in now] == torch.atleast_2d(sample).tolist()
+    assert now == then
     weight.copy_(weight.mT.clone() if shape[-2] == shape[-1] else -weight)
-    assert not torch.equal(before, sample)
+    assert all(one != other for one, other in zip(now, then, strict=True))
+
+
+def test_the_sample_of_an_expanded_weight_stays_in_its_memory() -> None:
+    (line,) = compact._memory(compact._sample(torch.ones(1).expand(64, 64)))
+    assert len(line) == 1
 
 
 def test_no_weight_is_projected_while_the_model_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
