@@ -72,15 +72,16 @@ def _joined(module: GraphModule, node: Node) -> _Joined | None:
 
 
 def _is_of_a_parameter(module: GraphModule, part: Node, join: Node) -> bool:
-    """Is this a matrix that shows a parameter, or some of one?"""
-    value, root = value_of(part), part
+    """Is this a matrix that shows a parameter, or some of one? What else is joined may have sizes that data tells."""
+    root = part
     while root.op.startswith("call") and root.all_input_nodes:
         root = root.all_input_nodes[0]
     weight = value_of(root)
-    if value is None or value.dim() != 2 or not value.numel() or not isinstance(weight, nn.Parameter):
+    if not isinstance(weight, nn.Parameter):
         return False
     shape = tuple(int(size) for size in weight.shape)
-    return any(use.user is join and use.operand is part for use in uses(module, root, shape))
+    views = [use.view for use in uses(module, root, shape) if use.user is join and use.operand is part]
+    return any(view.dim() == 2 and view.numel() for view in views)
 
 
 def _matmuls_with(module: GraphModule, joined: Node) -> list[Match]:

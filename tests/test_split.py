@@ -120,3 +120,17 @@ def test_under_autocast_the_sites_have_its_type() -> None:
     found, result = split(model, X.float())
     assert {site.dtype for site in found.sites} == {"bfloat16"} and len(found.sites) == 2
     torch.testing.assert_close(result, model(X.float()), rtol=1e-2, atol=1e-2)
+
+
+def test_joined_activations_may_have_as_many_rows_as_data_says() -> None:
+    def function(x: Tensor, q: Tensor, k: Tensor, b: Tensor) -> Tensor:
+        few, many = x[0].split(b.long().tolist())
+        return torch.cat([few @ q, many @ k])
+
+    model = Joined(function, (64, 32), (64, 32), (2,))
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([2, 3]))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        found, result = split(model, X)
+    torch.testing.assert_close(result, model(X))
+    assert [site.parameter for site in found.sites] == ["q", "k"]
