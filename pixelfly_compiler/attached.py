@@ -5,6 +5,7 @@ Not by weak references to it: `torch.utils.swap_tensors`, and so `Module.to` whe
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import count
 from typing import Any, Generic, TypeVar
@@ -26,7 +27,10 @@ class _Known(dict[K, V]):
     owner: int
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
-        return dict, ()  # a weight that is pickled or copied takes nothing of it along
+        return (
+            OrderedDict,
+            (),
+        )  # a weight that is saved or copied takes nothing of it along; `torch.load` knows the type
 
 
 class Attached(Generic[K, V]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import logging
 import math
 import pickle
@@ -819,9 +820,12 @@ def test_a_weight_can_be_swapped_and_is_pickled_without_what_is_known_of_it(monk
     with torch.no_grad():
         ours(x)
         size = len(pickle.dumps(model.weight)) - model.weight.nbytes
+        torch.save(list(model.parameters()), saved := io.BytesIO())
         torch.utils.swap_tensors(model.weight, nn.Parameter(torch.randn(WIDTH, WIDTH)))
         torch.testing.assert_close(ours(x), projected(model, planned(model))(x), rtol=1e-4, atol=1e-5)
     assert size < 1000 and not any(vars(copy.deepcopy(model.weight)).values())
+    saved.seek(0)
+    assert not any(vars(torch.load(saved)[0]).values())  # with weights_only, the default
 
 
 def test_compact_weights_live_as_long_as_the_weights_or_until_reset() -> None:
