@@ -79,15 +79,25 @@ def capture(
     `training`: with gradients on, as custom autograd functions stay whole only then.
     """
     model = getattr(model, "_orig_mod", model)
-    records: list[Record] = []
-    token = _records.set(records)
-    try:
-        run_once(model, args, kwargs, _recording_backend, grad=training)
-    finally:
-        _records.reset(token)
+    records = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))
     return _with_the_unseen(_with_unseen_lookups(named, model), model)
+
+
+def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, grad: bool) -> list[Record]:
+    """Every run of a graph. A forward that differentiates, as from energies to forces, gets the caller's gradients."""
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        run_once(model, args, kwargs, _recording_backend, grad=grad)
+    except Exception:  # whatever the model raises where it needs gradients; anything else it raises again
+        if grad or not torch.is_grad_enabled():
+            raise
+        return _recorded(model, args, kwargs, grad=True)
+    finally:
+        _records.reset(token)
+    return records
 
 
 def run_once(

@@ -394,6 +394,26 @@ def test_varied_strides_keep_as_much_and_stay_one_row_of_the_table() -> None:
 # ---- from a model ----
 
 
+class Forces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.down(F.silu(self.up(x))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_a_model_may_differentiate_in_its_forward() -> None:
+    model, x = Forces().eval(), torch.randn(8, 64)
+    evaluated, trained = (plan(model, x, device=DEVICE, force=True, training=flag) for flag in (False, True))
+    assert [(entry.name, entry.config) for entry in evaluated] == [(entry.name, entry.config) for entry in trained]
+    assert len(evaluated) == 2
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
+        plan(model, x, device=DEVICE)
+
+
 def test_a_plan_changes_nothing_of_the_model() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 64))
     before = copy.deepcopy(model.state_dict())
