@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,7 +14,9 @@ from typing import Any
 from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteError
 from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.sites import Site, SiteConfig
-from pixelfly_compiler.passes.weights import Region
+from pixelfly_compiler.passes.weights import Region, overlap
+
+log = logging.getLogger("pixelfly_compiler")
 
 VERSION = 2
 REPLAN = "make a plan for this model with pixelfly_compiler.plan(model, args)"
@@ -64,6 +67,11 @@ class Entry:
                 "region": None if region is None else Region.from_dict(region),
             }
         )
+
+    @property
+    def box(self) -> tuple[range, ...]:
+        """The indices of the parameter that it is of, or more."""
+        return (self.region or Region.whole(self.weight_shape)).box(self.weight_shape)
 
     @property
     def is_site(self) -> bool:
@@ -148,9 +156,15 @@ class Plan:
         return same[0] if len(decisions) == 1 else None
 
     def check(self, sites: Iterable[Site]) -> None:
-        """Raise `PlanMismatchError` at the first site that the plan does not have, or has with another shape."""
+        """Raise `PlanMismatchError` at the first site that the plan does not have, or has with another shape.
+
+        `torch.export` finds parts of a weight where Dynamo finds none: of what the plan leaves dense they stay so.
+        """
         for site in sites:
             entry = self.find(site.name, site.weight_shape) or self._by_name.get(site.name)
+            if entry is None and self._leaves_dense(site):
+                log.warning("pixelfly: %s stays dense: the plan knows the weight, and not this part of it", site.name)
+                continue
             if entry is None:
                 raise PlanMismatchError("not in the plan", site=site.name, next_step=REPLAN)
             if entry.weight_shape != site.weight_shape:
@@ -167,6 +181,12 @@ class Plan:
                     site=site.name,
                     next_step=REPLAN,
                 )
+
+    def _leaves_dense(self, site: Site) -> bool:
+        """Does the plan know the weight of this site, and make nothing sparse that the site uses?"""
+        entries = [entry for entry in self.entries if site.parameter in (entry.parameter, *entry.aliases)]
+        of_site = [entry for entry in entries if entry.weight_shape == site.weight_shape]
+        return bool(of_site) and not any(entry.config and overlap(entry.box, site.box) for entry in of_site)
 
     # ---- totals ----
 

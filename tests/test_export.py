@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,33 @@ def test_what_the_plan_makes_sparse_is_sparse_in_the_program(function: Callable[
     program = export(model, x, plan=made)
     assert "a" not in program.state_dict and "dense matrix" not in caplog.text
     torch.testing.assert_close(program.module()(x), project_(copy.deepcopy(model), made)(x), rtol=1e-4, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """`torch.export` sees matmuls with parts of these weights; Dynamo follows no index from data and skips the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.packed = nn.Parameter(torch.randn(3, 64, 64) / 8), nn.Parameter(torch.randn(128, 64) / 8)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        y = x[..., :32] @ self.experts[index, :32]
+        return nn.functional.linear(y, self.packed[:64]) + (0 if self.skips() else y @ self.packed[64:])
+
+    def skips(self) -> bool:
+        return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+
+
+def test_parts_that_a_plan_does_not_list_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = Parts().eval(), (torch.randn(2, 5, 64), torch.tensor([2, 0]))
+    made = plan(model, inputs, **OPTIONS)
+    assert [entry.name for entry in made.sparse] == ["packed[0:64]"]
+    program = export(model, inputs, plan=made)
+    assert all(f"{part} stays dense" in caplog.text for part in ("experts[:, 0:32]", "packed[64:128]"))
+    exact = project_(copy.deepcopy(model), made)(*inputs)
+    torch.testing.assert_close(program.module()(*inputs), exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(PlanMismatchError, match=r"packed\[0:64\]: not in the plan"):
+        export(model, inputs, plan=replace(made, entries=tuple(e for e in made if e.name == "experts")))
 
 
 class Tied(nn.Module):

@@ -24,6 +24,7 @@ from pixelfly_compiler.errors import OptionError, PlanError, PlanMismatchError, 
 from pixelfly_compiler.passes import calibration, cost
 from pixelfly_compiler.passes.candidates import candidates, relative_errors
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
+from pixelfly_compiler.passes.weights import Region
 from pixelfly_compiler.plan import make_plan, plan, project, project_, rescale_
 from pixelfly_compiler.report import render
 
@@ -366,6 +367,13 @@ def test_a_plan_for_another_model_is_refused() -> None:
         plan(Mlp(128, layers=3), torch.randn(8, 128), plan=made)
     with pytest.raises(PlanMismatchError, match=r"layers\.0\.0\.weight"):
         project_(Mlp(256), made)
+
+
+def test_a_part_of_a_weight_fits_only_where_the_plan_leaves_the_weight_dense() -> None:
+    half = replace(site(64, 128, name="w[0:64]", region=Region((64, 128), (128, 1), 0)), weight_shape=(128, 128))
+    planned(site(128, 128), exclude="w").check([half])
+    with pytest.raises(PlanMismatchError, match=r"w\[0:64\]: not in the plan"):
+        planned(site(128, 128), force=True).check([half])
 
 
 def test_a_table_at_any_width_names_all_and_folds_layers() -> None:
