@@ -6,15 +6,26 @@ weight.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import is_call, only_looks, placeholders, sub_graphs, value_of
+from pixelfly_compiler.passes.weights import (
+    SubGraphs,
+    called,
+    is_call,
+    may_write,
+    only_looks,
+    placeholders,
+    sub_graphs,
+    value_of,
+)
 
 
 def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
@@ -34,37 +45,68 @@ def _add_flops(
     flops: dict[Node, int],
     times: int = 1,
 ) -> None:
-    """`origins`: each node that is computed from parameters alone -> a weight among them, if there is one."""
+    """`origins`: each node that is computed from parameters, buffers and constants alone -> a weight among them, if
+    there is one. What a weight makes of a constant, as of positions, is no weight.
+    """
+    constants: set[Node] = set()
     for node in module.graph.nodes:
         inputs = _read(node)
         sources = [origins[source] for source in inputs if source in origins]
-        if not sources or node.op == "output":
-            continue
-        if (inside := sub_graphs(module, node)) is not None:
-            for body in inside.bodies:
-                known = zip(placeholders(body), inside.operands, strict=False)
-                within = {inner: origins[operand] for inner, operand in known if operand in origins}
-                _add_flops(body, within, matched, flops, times * inside.times)
+        if node.op == "output" or (inputs and not sources) or not (inputs or _is_constant(node)):
             continue
         origin = next((source for source in sources if source is not None), None)
         if len(sources) == len(inputs):
-            origins[node] = origin
-        if node not in matched and origin is not None:
+            if constants.issuperset(inputs):
+                constants.add(node)
+            if node not in matched or constants.isdisjoint(inputs):
+                origins[node] = origin
+        elif may_write(node):
+            _forget(node.args[0], origins)
+        if (inside := _bodies(module, node)) is not None:
+            for body in inside.bodies:
+                known = zip(placeholders(body), inside.operands, strict=False)
+                within = {inner: origins[of] for inner, of in known if isinstance(of, Node) and of in origins}
+                _add_flops(body, within, matched, flops, times * inside.times)
+        elif node not in matched and origin is not None:
             flops[origin] += times * flops_of(node)
 
 
 def _read(node: Node) -> list[Node]:
     """What a node reads numbers from; of matrices that an index picks, the matrices: they are a weight as before."""
-    inputs = [source for source in node.all_input_nodes if not only_looks(node, source)]
+    inputs = [source for source in node.all_input_nodes if _has_numbers(source) and not only_looks(node, source)]
     if is_call(node, (operator.getitem, torch.index_select), "index_select"):
         value = value_of(node.args[0])
         return inputs[:1] if value is not None and value.dim() > 2 else inputs
     return inputs
 
 
+def _has_numbers(node: Node) -> bool:
+    """Not a size, and not the body of a higher-order operator."""
+    value = node.meta.get("example_value")
+    return not (isinstance(value, torch.SymInt) or (value is None and node.op == "get_attr"))
+
+
+def _is_constant(node: Node) -> bool:
+    """Is this tensor, made of no other, the same in each call: zeros, a range, a mask?"""
+    return node.op != "placeholder" and value_of(node) is not None and not called(node).startswith("rand")
+
+
+def _forget(written: object, origins: dict[Node, Node | None]) -> None:
+    """A tensor that data is written to, and what it is a view of, are data from then on."""
+    while isinstance(written, Node) and written.op.startswith("call") and origins.pop(written, written) is not written:
+        written = next(iter(written.all_input_nodes), None)
+
+
+def _bodies(module: GraphModule, node: Node) -> SubGraphs | None:
+    """The bodies that a node runs, that of a custom `autograd.Function`'s forward among them."""
+    if called(node) == "autograd_function_apply":
+        return SubGraphs((getattr(module, str(node.all_input_nodes[0].target)),), node.args[2:])
+    return sub_graphs(module, node)
+
+
 def flops_of(node: Node) -> int:
-    """What torch's counter says of one node, for the sizes seen while tracing. Attention has no weight, whatever is in
-    the place of its queries.
+    """What torch's counter says of one node, for the sizes seen while tracing and all examples of a `vmap`. Attention
+    has no weight, whatever is in the place of its queries.
     """
     if is_call(node, (F.scaled_dot_product_attention,)):
         return 0
@@ -77,7 +119,25 @@ def flops_of(node: Node) -> int:
             function(*args, **kwargs)
     except Exception:  # it depends on data, or cannot run without
         return 0
-    return int(counter.get_total_flops())
+    return int(counter.get_total_flops()) * math.prod(map(hint, examples(node)))
+
+
+def examples(node: Node) -> list[Any]:
+    """The sizes, which may be symbolic, of the dimensions that `torch.vmap` hides in what a node computes."""
+    if not node.graph.find_nodes(op="call_function", target=_add_batch_dim):
+        return []
+    hidden: dict[Node, dict[Any, Any]] = {}  # of each node: level of the vmap -> size
+    for other in node.graph.nodes:
+        sizes = {level: size for source in other.all_input_nodes for level, size in hidden[source].items()}
+        if other.target is _add_batch_dim:
+            x, dim, level = other.args
+            sizes[level] = x.meta["example_value"].shape[dim]
+        elif other.target is _remove_batch_dim:
+            sizes.pop(other.args[1], None)
+        hidden[other] = sizes
+        if other is node:
+            break
+    return list(hidden[node].values())
 
 
 def _without_data(node: Node) -> Any:

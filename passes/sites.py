@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
-from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
+from pixelfly_compiler.passes.flops import examples, flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.weights import (
@@ -195,6 +195,7 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
+    sizes = (*examples(use.user), *out.shape)
     return Match(
         site=name + region.label(shape),
         parameter=name,
@@ -210,8 +211,8 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
         matrices=matrix.shape[0] if matrix.dim() == 3 else None,
         bias=bias,
         addend=addend,
-        rows=use.times * math.prod(hint(size) for size in out.shape) // max(out_features, 1),
-        rows_expr=str(use.times * sympy.prod([_expression(size) for size in out.shape]) / max(out_features, 1)),
+        rows=use.times * math.prod(map(hint, sizes)) // max(out_features, 1),
+        rows_expr=str(use.times * sympy.prod(list(map(_expression, sizes))) / max(out_features, 1)),
         dtype=out.dtype,
     )
 

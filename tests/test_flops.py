@@ -1,0 +1,113 @@
+"""The dense flops of a plan are those of torch's counter: sites, and what else multiplies with a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelfly_compiler.decision import Plan
+from pixelfly_compiler.passes.cost import Device
+from pixelfly_compiler.plan import plan
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it
+
+Function = Callable[[Tensor, Tensor], Tensor]
+
+
+class OneWeight(nn.Module):
+    def __init__(self, function: Function, *shape: int) -> None:
+        super().__init__()
+        self.w, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.T, x.T @ g
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+def planned(function: Function, x: Tensor, *shape: int, training: bool = False) -> tuple[Plan, int]:
+    """The plan of a model of one weight, and the flops that torch counts."""
+    model = OneWeight(function, *shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return plan(model, x, force=True, training=training, device=Device()), counter.get_total_flops()
+
+
+COMPUTED: dict[str, Function] = {
+    "a mask": lambda x, w: x @ (w * torch.ones(64, 64).tril()),
+    "one of x's size": lambda x, w: x @ (w + torch.eye(x.shape[1])),
+    "zeros beside it": lambda x, w: x @ torch.cat([w, torch.zeros(64, 32)], 1),
+    "some of it": lambda x, w: x @ torch.where(torch.arange(64) > 8, w, 0),
+    "rounded": lambda x, w: x @ Rounded.apply(w),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_computed_with_constants_is_counted_and_told_so(kind: str) -> None:
+    made, counted = planned(COMPUTED[kind], torch.randn(8, 64), 64, 64, training=True)
+    assert made.dense_flops == counted > 0
+    assert "computed" in str(made["w"].reason) or kind == "rounded"
+
+
+@pytest.mark.parametrize(
+    ("function", "rows"),
+    [
+        (Product.apply, 8),
+        (lambda x, w: x @ w[torch.arange(63, -1, -1)], 8),
+        (lambda x, w: torch.vmap(lambda t: t @ w)(x.view(2, 2, 2, 64)), 8),
+        (lambda x, w: torch.vmap(torch.vmap(lambda t: w.T @ t), in_dims=1)(x.view(2, 4, 64)), 8),
+        (lambda x, w: torch.vmap(lambda part: x @ part)(w.view(2, 64, 32)), 8),
+        (lambda x, w: torch.vmap(lambda t: t @ (w * 2))(x), 8),
+    ],
+    ids=["autograd.Function", "another order", "vmap", "two vmaps", "vmap over it", "computed under vmap"],
+)
+def test_all_rows_are_counted(function: Function, rows: int) -> None:
+    made, counted = planned(function, torch.randn(8, 64), 64, 64, training=True)
+    assert made.dense_flops == counted == 2 * rows * 64 * 64
+
+
+def test_rows_under_vmap_decide() -> None:
+    made, _ = planned(lambda x, w: torch.vmap(lambda t: t @ w)(x), torch.randn(50, 6, 64), 64, 64)
+    assert (made["w"].rows, made["w"].rows_expr) == (300, "300")
+
+
+def test_what_a_weight_makes_of_positions_is_no_weight() -> None:
+    made, counted = planned(lambda x, w: x @ (torch.arange(512.0).view(8, 64) @ w).T, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
+
+
+def test_a_tensor_that_data_is_written_to_is_no_constant() -> None:
+    def scattered(x: Tensor, w: Tensor) -> Tensor:
+        rows = torch.zeros(16, 64)
+        rows[4:][:8] = x
+        y = F.linear(rows, w)
+        return y @ y.T
+
+    made, counted = planned(scattered, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == made["w"].dense_flops == 2 * 16 * 64 * 64 < counted
