@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
@@ -37,7 +37,7 @@ from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import placeholders
+from pixelfly_compiler.passes.weights import overlap, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
 from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
@@ -195,9 +195,26 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
     if config.plan is None:
+        _warn_of_other_uses(found, sparse_configs(found, plan), key, weights)
         for site in found.sites:
             _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
     return plan
+
+
+def _warn_of_other_uses(found: Found, configs: Collection[str], key: str, weights: Mapping[str, Tensor]) -> None:
+    """Warn of weights that an earlier graph made sparse, and that matmuls of this one take dense, or cut otherwise."""
+
+    def earlier(name: str) -> list[Entry]:
+        return [entry for part, entry in _decided.of(weights[name]).items() if part.startswith(key) and entry.config]
+
+    for site in found.sites:
+        for entry in earlier(site.parameter):
+            same = (entry.region, entry.transposed) == (site.region, site.transposed) and site.name in configs
+            if not same and overlap(entry.box, site.box):
+                announcer.used_otherwise(site.parameter, site.reason or f"as {site.name}, before as {entry.name}")
+    for item in found.skipped:
+        if item.flops and item.name in weights and earlier(item.name):
+            announcer.used_otherwise(item.name, item.reason)
 
 
 def sparse_configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:

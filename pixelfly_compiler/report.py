@@ -183,6 +183,18 @@ class Announcer:
             reason = "; ".join(plan.notes) or "every site is dense, pixelfly_compiler.plan(model, args) says why"
             log.warning("pixelfly: nothing was made sparse: %s", reason)
 
+    def used_otherwise(self, name: str, how: str) -> None:
+        """An earlier graph computes with P of this weight."""
+        if self._first_time(f"{name} otherwise"):
+            log.warning(
+                "pixelfly: %s is sparse in one graph and used otherwise in another, so that they compute different "
+                "functions: %s. If the size of an input decides which part of it is used, exclude it "
+                "(options={'exclude': %r})",
+                name,
+                how,
+                name,
+            )
+
     def _first_time(self, key: str) -> bool:
         new = key not in self._said
         self._said.add(key)

@@ -723,6 +723,19 @@ def test_what_is_lossy_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 of 2 matmul weights" in text and "relative weight error" in text
 
 
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_a_weight_that_a_later_graph_cuts_otherwise_is_named_once(
+    dynamic: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False)
+    run = torch.compile(lambda x: x @ weight[: x.shape[-1]], backend="pixelfly", options=OPTIONS, dynamic=dynamic)
+    for size in (WIDTH, 96, 64):
+        run(torch.randn(ROWS, size))
+    (text,) = [text for text in warnings_of(caplog) if "otherwise" in text]
+    assert text.startswith("pixelfly: weight is sparse in one graph") and "options={'exclude': 'weight'}" in text
+
+
 def test_a_model_without_sites_runs_dense_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
