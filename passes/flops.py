@@ -61,7 +61,7 @@ def _add_flops(
             if node not in matched or constants.isdisjoint(inputs):
                 origins[node] = origin
         elif may_write(node):
-            _forget(node.args[0], origins)
+            _forget(node.kwargs.get("out", next(iter(node.args), None)), origins)
         if (inside := _bodies(module, node)) is not None:
             for body in inside.bodies:
                 known = zip(placeholders(body), inside.operands, strict=False)

@@ -102,12 +102,30 @@ def test_what_a_weight_makes_of_positions_is_no_weight() -> None:
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
 
 
-def test_a_tensor_that_data_is_written_to_is_no_constant() -> None:
-    def scattered(x: Tensor, w: Tensor) -> Tensor:
-        rows = torch.zeros(16, 64)
-        rows[4:][:8] = x
-        y = F.linear(rows, w)
-        return y @ y.T
+def scattered(x: Tensor, w: Tensor) -> Tensor:
+    rows = torch.zeros(16, 64)
+    rows[4:][:8] = x
+    return F.linear(rows, w)
 
-    made, counted = planned(scattered, torch.randn(8, 64), 64, 64)
-    assert made.dense_flops == made["w"].dense_flops == 2 * 16 * 64 * 64 < counted
+
+def given_out(x: Tensor, w: Tensor) -> Tensor:
+    rows = torch.zeros(16, 64)
+    torch.cat([x, torch.ones(8, 64)], out=rows)
+    return F.linear(rows, w)
+
+
+@pytest.mark.parametrize("write", [scattered, given_out])
+def test_a_tensor_that_data_is_written_to_is_no_constant(write: Function) -> None:
+    def attended(x: Tensor, w: Tensor) -> Tensor:
+        y = F.silu(write(x, w))
+        return F.linear(y, w) @ (y + w[:16]).T
+
+    made, counted = planned(attended, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == made["w"].dense_flops == 2 * 32 * 64 * 64 < counted
+
+
+def test_a_lookup_that_writes_counts_as_one() -> None:
+    made, counted = planned(
+        lambda x, w: F.embedding(input=x.argmax(1), weight=w.detach(), max_norm=1.0) @ w, torch.randn(8, 64), 64, 64
+    )
+    assert made.dense_flops == counted == 2 * 8 * 64 * 64
