@@ -46,19 +46,20 @@ def _add_flops(
     times: int = 1,
 ) -> None:
     """`origins`: each node that is computed from parameters, buffers and constants alone -> a weight among them, if
-    there is one. What a weight makes of a constant, as of positions, is no weight.
+    there is one. What a matmul or a lookup makes of a constant, such as positions, is no weight.
     """
     constants: set[Node] = set()
     for node in module.graph.nodes:
         inputs = _read(node)
         sources = [origins[source] for source in inputs if source in origins]
-        if node.op == "output" or (inputs and not sources) or not (inputs or _is_constant(node)):
+        if node.op == "output" or not (sources or (not inputs and _is_constant(node))):
             continue
         origin = next((source for source in sources if source is not None), None)
         if len(sources) == len(inputs):
             if constants.issuperset(inputs):
                 constants.add(node)
-            if node not in matched or constants.isdisjoint(inputs):
+            uses_weight = node in matched or is_call(node, (F.embedding, torch.embedding))
+            if not uses_weight or constants.isdisjoint(inputs):
                 origins[node] = origin
         elif may_write(node):
             _forget(node.kwargs.get("out", next(iter(node.args), None)), origins)

@@ -97,8 +97,16 @@ def test_rows_under_vmap_decide() -> None:
     assert (made["w"].rows, made["w"].rows_expr) == (300, "300")
 
 
-def test_what_a_weight_makes_of_positions_is_no_weight() -> None:
-    made, counted = planned(lambda x, w: x @ (torch.arange(512.0).view(8, 64) @ w).T, torch.randn(8, 64), 64, 64)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x @ (torch.arange(512.0).view(8, 64) @ w).T,
+        lambda x, w: (x @ w) @ F.embedding(torch.arange(8), w).T,
+    ],
+    ids=["product", "lookup"],
+)
+def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> None:
+    made, counted = planned(function, torch.randn(8, 64), 64, 64)
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
 
 
