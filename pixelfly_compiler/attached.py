@@ -27,10 +27,7 @@ class _Known(dict[K, V]):
     owner: int
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
-        return (
-            OrderedDict,
-            (),
-        )  # a weight that is saved or copied takes nothing of it along; `torch.load` knows the type
+        return OrderedDict, ()  # nothing goes along when a weight is saved or copied; `torch.load` knows this type
 
 
 class Attached(Generic[K, V]):
