@@ -194,27 +194,31 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
+    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights)
     if config.plan is None:
-        _warn_of_other_uses(found, sparse_configs(found, plan), key, weights)
         for site in found.sites:
             _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
     return plan
 
 
-def _warn_of_other_uses(found: Found, configs: Collection[str], key: str, weights: Mapping[str, Tensor]) -> None:
-    """Warn of weights that an earlier graph made sparse, and that matmuls of this one take dense, or cut otherwise."""
+def _warn_of_other_uses(found: Found, configs: Collection[str], config: Config, weights: Mapping[str, Tensor]) -> None:
+    """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise."""
+    key = repr(config)
 
-    def earlier(name: str) -> list[Entry]:
+    def sparse(name: str) -> list[Entry]:
+        if config.plan is not None:
+            return [entry for entry in config.plan.sparse if name in (entry.parameter, *entry.aliases)]
         return [entry for part, entry in _decided.of(weights[name]).items() if part.startswith(key) and entry.config]
 
+    where = "an earlier graph" if config.plan is None else "the plan"
     for site in found.sites:
-        for entry in earlier(site.parameter):
+        for entry in sparse(site.parameter):
             same = (entry.region, entry.transposed) == (site.region, site.transposed) and site.name in configs
             if not same and overlap(entry.box, site.box):
-                announcer.used_otherwise(site.parameter, site.reason or f"as {site.name}, before as {entry.name}")
+                announcer.used_otherwise(site.parameter, where, site.reason or f"as {site.name}, there as {entry.name}")
     for item in found.skipped:
-        if item.flops and item.name in weights and earlier(item.name):
-            announcer.used_otherwise(item.name, item.reason)
+        if item.flops and item.name in weights and sparse(item.name):
+            announcer.used_otherwise(item.name, where, item.reason)
 
 
 def sparse_configs(found: Found, plan: Plan) -> dict[str, SiteConfig]:

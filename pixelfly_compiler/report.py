@@ -183,14 +183,14 @@ class Announcer:
             reason = "; ".join(plan.notes) or "every site is dense, pixelfly_compiler.plan(model, args) says why"
             log.warning("pixelfly: nothing was made sparse: %s", reason)
 
-    def used_otherwise(self, name: str, how: str) -> None:
-        """An earlier graph computes with P of this weight."""
+    def used_otherwise(self, name: str, where: str, how: str) -> None:
+        """A graph uses a weight in another way than it is sparse in: dense, or another part of it."""
         if self._first_time(f"{name} otherwise"):
             log.warning(
-                "pixelfly: %s is sparse in one graph and used otherwise in another, so that they compute different "
-                "functions: %s. If the size of an input decides which part of it is used, exclude it "
-                "(options={'exclude': %r})",
+                "pixelfly: %s is sparse in %s and used otherwise in another graph, which so computes another function: "
+                "%s. If the size of an input decides which part of it is used, exclude it (options={'exclude': %r})",
                 name,
+                where,
                 how,
                 name,
             )

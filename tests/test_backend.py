@@ -723,17 +723,24 @@ def test_what_is_lossy_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert "2 of 2 matmul weights" in text and "relative weight error" in text
 
 
-@pytest.mark.parametrize("dynamic", [None, False])
+@pytest.mark.parametrize(("dynamic", "with_plan"), [(None, False), (False, False), (None, True)])
 def test_a_weight_that_a_later_graph_cuts_otherwise_is_named_once(
-    dynamic: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    dynamic: bool | None, with_plan: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
-    weight = nn.Parameter(torch.randn(WIDTH, WIDTH), requires_grad=False)
-    run = torch.compile(lambda x: x @ weight[: x.shape[-1]], backend="pixelfly", options=OPTIONS, dynamic=dynamic)
+
+    class Cut(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight[: x.shape[-1]]
+
+    model = Cut(WIDTH, WIDTH).requires_grad_(False)
+    options = {"plan": planned(model)} if with_plan else OPTIONS
+    run = torch.compile(model, backend="pixelfly", options=options, dynamic=dynamic)
     for size in (WIDTH, 96, 64):
         run(torch.randn(ROWS, size))
     (text,) = [text for text in warnings_of(caplog) if "otherwise" in text]
-    assert text.startswith("pixelfly: weight is sparse in one graph") and "options={'exclude': 'weight'}" in text
+    assert text.startswith(f"pixelfly: weight is sparse in {'the plan' if with_plan else 'an earlier graph'}")
+    assert "options={'exclude': 'weight'}" in text
 
 
 def test_a_model_without_sites_runs_dense_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
