@@ -100,6 +100,7 @@ class Site:
     region: Region | None = None
     matrices: int = 1  # that the weight holds; each row meets one of them
     modules: tuple[str, ...] = ()  # that multiply with it; "" is the one that Dynamo saw as `self`
+    namesakes: tuple[str, ...] = ()  # other sites that its code may run for, after a graph break
     other_flops: int = 0  # of what else multiplies with it
     nodes: tuple[str, ...] = field(default=(), compare=False)
 

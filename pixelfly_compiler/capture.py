@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixelfly_compiler.names import namesakes
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
@@ -82,6 +83,7 @@ def capture(
     records = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))
+    named = _with_namesakes(named, [namesakes(gm, inputs, model) for gm, inputs in records])
     return _with_the_unseen(_with_unseen_lookups(named, model), model)
 
 
@@ -274,6 +276,24 @@ def _merge_sites(a: Site, b: Site) -> Site:
         modules=tuple(dict.fromkeys(a.modules + b.modules)),
         reason=reason,
     )
+
+
+def _with_namesakes(found: Found, graphs: Sequence[Mapping[str, tuple[str, ...]]]) -> Found:
+    """`graphs`: for each, the weights that its code may run with, by each of their names."""
+    first_names = {name: site.parameter for site in found.sites for name in (site.parameter, *site.aliases)}
+    places: dict[str, dict[str, None]] = {}
+    for names in (names for graph in graphs for names in graph.values()):
+        alike = dict.fromkeys(first_names[name] for name in names if name in first_names)
+        for name in alike:
+            places.setdefault(name, {}).update(alike)
+    sites = tuple(
+        replace(
+            site,
+            namesakes=tuple(name + site.label for name in places.get(site.parameter, ()) if name != site.parameter),
+        )
+        for site in found.sites
+    )
+    return replace(found, sites=sites)
 
 
 def with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:

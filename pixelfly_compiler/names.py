@@ -7,7 +7,7 @@ is on the stack while a graph is compiled, and knows its parameters by identity.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -67,42 +67,49 @@ def names_of(gm: GraphModule, example_inputs: Sequence[object], origin: Origin) 
     return parameter_names_by_identity(gm, example_inputs, origin.root)
 
 
+def namesakes(gm: GraphModule, inputs: Sequence[object], root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> the weights that its code may run with, itself among them: code that Dynamo made of a submodule
+    serves all of its class. Those that no other weight can stand for are left out.
+    """
+    local, names = parameter_names(gm, inputs), parameter_names_by_identity(gm, inputs, root)
+    owners = {name: name.removesuffix(local[node]) for node, name in names.items()}
+    inner = {name: owner[:-1] for name, owner in owners.items() if owner.endswith(".")}  # not found in the root itself
+    if not inner:
+        return {}
+    modules = {own_name(f"{path}.")[:-1]: module for path, module in root.named_modules()}
+    shapes = {own_name(path): weight.shape for path, weight in root.named_parameters(remove_duplicate=False)}
+    found: dict[str, tuple[str, ...]] = {}
+    for name, owner in inner.items():
+        alike = (path for path, module in modules.items() if type(module) is type(modules[owner]))
+        places = (path + name.removeprefix(owner) for path in alike)
+        found[name] = tuple(place for place in places if shapes.get(place) == shapes[name])
+    return {name: places for name, places in found.items() if len(places) > 1}
+
+
 def dense_if_shared(found: Found, gm: GraphModule, inputs: Sequence[object], origin: Origin, config: Config) -> Found:
-    """Code of a submodule may run for others of its class too, with their weights: what the user decides by name must
-    then be the same for all of them, or the weight stays dense.
+    """What the user decides by name must be the same for all weights that the code of a submodule serves, or they stay
+    dense. (A plan that is made for the whole model makes it so.)
     """
     if origin.root is None:
         return found
-    local, names = parameter_names(gm, inputs), names_of(gm, inputs, origin)
-    places = {names[node]: _namesakes(origin.root, names[node], local[node]) for node in names}
-    return replace(found, sites=tuple(_dense_if_split(site, places[site.parameter], config) for site in found.sites))
-
-
-def _namesakes(root: nn.Module, name: str, local: str) -> list[str]:
-    """The weights that the same code may run with: `local` in each submodule of the same class."""
-    owner = name.removesuffix(local)
-    if not owner.endswith("."):
-        return [name]  # found in the root itself
-    modules = {own_name(f"{path}.")[:-1]: module for path, module in root.named_modules()}
-    kind = type(modules[owner[:-1]])
-    parameters = {own_name(path): weight for path, weight in root.named_parameters(remove_duplicate=False)}
-    others = [f"{path}.{local}" for path, module in modules.items() if type(module) is kind]
-    return [other for other in others if other in parameters and parameters[other].shape == parameters[name].shape]
+    places = namesakes(gm, inputs, origin.root)
+    sites = tuple(_dense_if_split(site, places.get(site.parameter, ()), config) for site in found.sites)
+    return replace(found, sites=sites)
 
 
 def _dense_if_split(site: Site, names: Sequence[str], config: Config) -> Site:
     if site.reason is not None:
         return site
-    decisions: Mapping[str, object] = {name: _decision(site, name, config) for name in names}
-    other = next((name for name in names if decisions[name] != decisions.get(site.parameter)), None)
+    own = _decision(site, site.parameter, config)
+    other = next((name for name in names if _decision(site, name, config) not in (own, None)), None)
     if other is None:
         return site
     return replace(site, reason=f"after a graph break its code also runs for {other}, which is decided otherwise")
 
 
 def _decision(site: Site, name: str, config: Config) -> SiteConfig | str | None:
-    """What the user says of a weight that stands where that of the site does."""
+    """What the user says of a weight that stands where that of the site does; None if nothing."""
     if config.plan is None:
-        return "dense" if config.excludes((name,)) else None
+        return "dense" if config.excludes((name,)) else "any"
     entry = config.plan.find(name + site.label, site.weight_shape)
-    return None if entry is None else entry.config
+    return None if entry is None or not entry.is_site else entry.config or "dense"

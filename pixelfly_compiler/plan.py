@@ -75,12 +75,12 @@ def make_plan(
     decided = decided or {}
     notes: list[str] = []
     choice: Decisions = {}
+    reasons = _reasons(found.sites, config)
     for site in found.sites:
-        reason = site.reason or config.excludes((site.name, site.parameter, *site.aliases))
         if site.name in decided:
             choice[site.name] = (decided[site.name].config, decided[site.name].reason)
-        elif reason is not None:
-            choice[site.name] = (None, reason)
+        elif site.name in reasons:
+            choice[site.name] = (None, reasons[site.name])
     problem = _Problem(members, config, device, weights or {}, choice)
     allocation = problem.solve()
     if allocation.note:
@@ -94,11 +94,28 @@ def make_plan(
     return Plan(tuple(entries), config.budget, config.allocator, config.basis, training, tuple(notes))
 
 
+def _reasons(sites: Iterable[Site], config: Config) -> dict[str, str]:
+    """Why sites must stay dense: their own reason, the user's, or that of one which shares their code."""
+    reasons = {site.name: site.reason or config.excludes((site.name, site.parameter, *site.aliases)) for site in sites}
+    own = {name: reason for name, reason in reasons.items() if reason is not None}
+    shared = {site.name: next((name for name in site.namesakes if name in own), None) for site in sites}
+    return {
+        name: f"after a graph break its code also runs for {other}, which stays dense"
+        for name, other in shared.items()
+        if other is not None
+    } | own
+
+
 def _members(sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """Role -> sites. An ineligible or excluded site is in no one's way: it is dealt with before."""
+    """Role -> sites; those that share code share a role. An ineligible or excluded site is in no one's way: it is dealt
+    with before.
+    """
     members: dict[str, list[Site]] = {}
+    role_of: dict[str, str] = {}
     for site in sites:
-        members.setdefault(f"{site.role}|{site.dtype}|{site.device}", []).append(site)
+        role = next((role_of[name] for name in site.namesakes if name in role_of), site.role)
+        role_of[site.name] = role
+        members.setdefault(f"{role}|{site.dtype}|{site.device}", []).append(site)
     return members
 
 
@@ -217,14 +234,19 @@ class _Problem:
 
 
 def _varied(sites: Sequence[Site], decisions: Decisions) -> Decisions:
-    """The decisions with strides that begin where those of the site before end: site by site, all are used."""
-    varied = dict(decisions)
+    """The decisions with strides that begin where those of the site before end: site by site, all are used. Sites that
+    share code cannot differ.
+    """
+    varied: Decisions = {}
     sparse = ((site, config) for site in sites if (config := decisions.get(site.name, (None, None))[0]) is not None)
     for place, (site, config) in enumerate(sparse):
+        if (twin := next((name for name in site.namesakes if name in varied), None)) is not None:
+            varied[site.name] = varied[twin]
+            continue
         others = max_strides(site.out_features, site.in_features, config.block)
         first = place * config.strides % others if config.strides else place % (others + 1)
         varied[site.name] = (replace(config, first=first), None)
-    return varied
+    return decisions | varied
 
 
 def _kept_flops(site: Site, config: SiteConfig | None) -> float:

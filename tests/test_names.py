@@ -100,6 +100,46 @@ def test_code_that_serves_several_layers_is_sparse_where_they_agree(plans: list[
     assert {name.split(".")[-2] for name in sparse_names(plans)} == {"up", "head"}
 
 
+class Mixed(nn.Module):
+    """Its sizes differ from call to call, and what feeds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        y = self.q(x)[:, :8] + self.v(z)[:, :8]
+        torch._dynamo.graph_break()
+        return y.relu()
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.spare = Mixed(), Mixed(), Mixed()
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.two(self.one(x, x), z)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": 0.4}, {"budget": 0.45}, {"vary_strides": True}, {"exclude": "two.v.*", "budget": 0.7}],
+    ids=str,
+)
+def test_a_plan_decides_alike_for_weights_whose_code_is_one(options: dict[str, Any]) -> None:
+    model, args = Twice(), (torch.randn(2, 16, 64), torch.randn(2, 24, 64))
+    made = plan(model, args, **{**OPTIONS, **options})
+    for name in ("q.weight", "v.weight"):
+        assert made[f"one.{name}"].config == made[f"two.{name}"].config
+    assert {"one.q.weight", "two.q.weight"} <= {entry.name for entry in made.sparse}
+    if "exclude" in options:
+        reason = "after a graph break its code also runs for two.v.weight, which stays dense"
+        assert (made["one.v.weight"].reason, made["two.v.weight"].reason) == (reason, "excluded by 'two.v.*'")
+    ours = torch.compile(model, backend="pixelfly", options={"plan": made})(*args)
+    torch.testing.assert_close(ours, project_(copy.deepcopy(model), made)(*args), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_compiled_by_itself_has_the_name_that_the_model_gives_it(plans: list[Plan]) -> None:
     model, x = Model(inside=True), torch.randn(8, 64)
     model.layers[1] = torch.compile(model.layers[1], backend="eager")
