@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from pixelfly_compiler.passes.weights import Selection, is_call, value_of
+from pixelfly_compiler.passes.weights import Selection, is_call, may_write, value_of
 
 Step = Callable[..., Any]  # of a tensor, or of a proxy for one
 
@@ -123,7 +123,7 @@ def _matmul(node: Node, operand: Node) -> Operands | None:
         return None
     left, right = _arguments(node, ("input", "other"))
     right = node.kwargs.get("mat2", node.kwargs.get("vec", right))
-    if left is None or right is None or "out" in node.kwargs:
+    if left is None or right is None:
         return None
     if len(_shape(operand)) > 2:
         return _batched(left, right, operand)
@@ -493,7 +493,9 @@ PATTERNS: tuple[Callable[[Node, Node], Operands | None], ...] = (
 
 
 def operands_of(node: Node, operand: Node) -> Operands | None:
-    """The matmul that `node` is with `operand` as its weight, if it is one."""
+    """The matmul that `node` is with `operand` as its weight, if it is one. One that writes to `out` is none."""
+    if may_write(node):
+        return None
     for pattern in PATTERNS:
         operands = pattern(node, operand)
         if operands is not None and operands.weight is operand and is_matmul_of(operands, operand):

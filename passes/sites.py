@@ -422,7 +422,9 @@ class _Weight:
         if user in self.scopes.differentiated:
             return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
-        if user in self.factors:
+        if user.kwargs.get("out") is not None:
+            hint = "which writes its result to a tensor that is there"
+        elif user in self.factors:
             hint = "of which another parameter is taken for the weight"
         elif (value := value_of(user)) is not None and value.is_nested:
             hint = "of a nested tensor, which our kernels do not take"

@@ -309,7 +309,7 @@ def may_write(node: Node) -> bool:
     name = called(node)
     in_place = (name.endswith("_") and not name.endswith("__")) or name == "setitem"
     of_python = name.startswith("i") and getattr(operator, name, None) is node.target
-    by_request = "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    by_request = node.kwargs.get("out") is not None or bool(node.kwargs.get("inplace"))
     if is_call(node, (F.embedding, F.embedding_bag)):
         by_request = (node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")) is not None
     return in_place or of_python or by_request or isinstance(node.target, HigherOrderOperator)

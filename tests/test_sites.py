@@ -192,6 +192,32 @@ def test_a_matmul_that_must_stay_dense_is_a_site_with_a_reason(function: Callabl
     assert found.sites[0].rows > 0
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b, y: torch.addmm(b, x[0], w, out=y[0]),
+        lambda x, w, b, y: torch.addmv(b, w.t(), x[0, 0], out=y[0, 0]),
+        lambda x, w, b, y: torch.bmm(x, w.expand(2, 32, 48), out=y),
+        lambda x, w, b, y: torch.baddbmm(b, x, w.expand(2, 32, 48), out=y),
+        lambda x, w, b, y: torch.addbmm(b, x[:1], w[None], out=y[0]),
+        lambda x, w, b, y: torch.tensordot(x, w, 1, out=y),
+        lambda x, w, b, y: torch.inner(x, w.t(), out=y),
+        lambda x, w, b, y: torch.ops.aten.mm.out(x[0], w, out=y[0]),
+        lambda x, w, b, y: torch._C._nn.linear(x, w.t(), out=y),
+    ],
+)
+def test_a_matmul_into_a_tensor_that_is_there_is_no_site(function: Callable[..., torch.Tensor]) -> None:
+    model = OneWeight(lambda x, w, b: function(x, w, b, x.new_zeros(2, 5, 48)), 32, 48)
+    with torch.no_grad():
+        (found,) = found_in(model, X)
+    assert found.sites == () and "writes its result to a tensor" in found.skipped[0].reason
+
+
+def test_no_such_tensor_is_in_no_ones_way() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: torch.mm(x[0], w, out=None), 32, 48), X)
+    assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
+
+
 def test_as_strided_is_a_view_of_a_weight_that_lies_in_memory_as_it_is_indexed() -> None:
     model = OneWeight(lambda x, w, b: x @ w.as_strided((32, 48), (48, 1)), 32, 48)
     assert [site.name for site in found_in(model, X)[0].sites] == ["w"]
