@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.node import Argument
 from torch.fx.proxy import GraphAppendingTracer
@@ -30,6 +31,7 @@ from pixelfly_compiler.passes.weights import (
     Region,
     SubGraphs,
     called,
+    namespace,
     placeholders,
     set_operands,
     sub_graphs,
@@ -183,7 +185,7 @@ def _is_of_torch(user: Node) -> bool:
     """PyTorch's or ours: not an operator of others, nor one that runs a sub-graph."""
     if user.op != "call_function":
         return user.op == "call_method"
-    return getattr(user.target, "namespace", "aten") in ("aten", "prims", "pixelfly")
+    return not isinstance(user.target, HigherOrderOperator) and namespace(user) in (None, "aten", "prims", "pixelfly")
 
 
 def _writes(user: Node) -> bool:

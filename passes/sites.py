@@ -42,6 +42,7 @@ from pixelfly_compiler.passes.weights import (
     placeholders,
     qualified_name,
     source_name,
+    stops_gradients,
     uses,
     value_of,
 )
@@ -418,7 +419,8 @@ class _Weight:
             return "not used in this graph"
         if not self.others:
             return "an embedding lookup, not a matmul"
-        user = self.others[0].user
+        use = self.others[0]
+        user = use.user
         if user in self.scopes.differentiated:
             return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
@@ -428,6 +430,8 @@ class _Weight:
             hint = "of which another parameter is taken for the weight"
         elif (value := value_of(user)) is not None and value.is_nested:
             hint = "of a nested tensor, which our kernels do not take"
+        elif stops_gradients(use):
+            hint = "which no gradients go through, as with `detach` and `.data`"
         elif is_cast(user):
             hint = "a cast of what another has rounded, or to another device or kind of number"
         elif hint is None:

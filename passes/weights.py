@@ -2,7 +2,8 @@
 
 A weight reaches its matmul through transposes, slices, chunks, views, copies and casts. All but the last two are views,
 so that one description holds for all of them: the `Region` of the parameter that arrives. It is found by repeating each
-operation on a tensor without data, whatever the operation is called.
+operation on a tensor without data, whatever the operation is called. That tensor asks for gradients, and so tells where
+they stop.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
@@ -287,12 +288,18 @@ def value_of(node: object) -> Tensor | None:
 
 
 def is_call(node: Node, functions: Sequence[object], *methods: str) -> bool:
-    """Is the node a call of one of these? The graphs of `torch.export` call aten's operators of the same names."""
+    """Is the node a call of one of these, or, as in graphs of `torch.export`, of aten's operator of the same name?"""
     if node.op == "call_method":
         return node.target in methods
-    if isinstance(node.target, OpOverload) and node.target.namespace == "aten":
+    if namespace(node) == "aten":
         return called(node) in (*methods, *(getattr(function, "__name__", "") for function in functions))
     return node.op == "call_function" and any(node.target is function for function in functions)
+
+
+def namespace(node: Node) -> str | None:
+    """Of the operator that the node calls, `torch.ops.aten.mm` or `.mm.default`; None if it calls something else."""
+    packet = node.target.overloadpacket if isinstance(node.target, OpOverload) else node.target
+    return packet._qualified_op_name.partition("::")[0] if isinstance(packet, OpOverloadPacket) else None
 
 
 def called(node: Node) -> str:
@@ -402,7 +409,20 @@ def _is_copy(user: Node, node: Node, own: torch.dtype) -> bool:
 
 def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
     """What `user` makes of the view: a view again, or several. None if it is no view, or stops gradients."""
-    if user.op not in ("call_function", "call_method") or _stops_gradients(user):
+    result = _repeated_on(user, node, view)
+    parts = result if isinstance(result, tuple | list) else [result]
+    return result if parts and all(_is_view_of(part, view) and part.requires_grad for part in parts) else None
+
+
+def stops_gradients(use: Use) -> bool:
+    """Is it a view of the weight that no gradients go through, whether or not any are asked for?"""
+    result = _repeated_on(use.user, use.operand, use.view)
+    return _is_view_of(result, use.view) and not result.requires_grad
+
+
+def _repeated_on(user: Node, node: Node, view: Tensor) -> Any:
+    """What `user` makes of the view, which asks for gradients, in place of `node`; None if that is not known."""
+    if user.op not in ("call_function", "call_method") or may_write(user):
         return None
     if user.all_input_nodes != [node] and not _is_repeated(user, node):
         return None
@@ -410,16 +430,16 @@ def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
         return None  # the same bytes as other numbers
     if is_call(user, (torch.as_strided,), "as_strided") and not _is_laid_out_as(value_of(node), view):
         return None
-    # How often a view is repeated may be symbolic, and does not matter.
-    args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda source: view if source is node else 2)
     function = getattr(torch.Tensor, user.target, None) if isinstance(user.target, str) else user.target
     try:
-        result = function(*args, **kwargs)  # type: ignore[misc]
+        with torch.inference_mode(False), torch.enable_grad():
+            own = view.detach().requires_grad_()
+            # How often a view is repeated may be symbolic, and does not matter.
+            args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda source: own if source is node else 2)
+            result = function(*args, **kwargs)  # type: ignore[misc]
     except Exception:  # no view, whatever it is
         return None
-    several = isinstance(result, tuple | list)
-    parts = list(result) if several else [result]
-    return result if parts and all(_is_view_of(part, view) for part in parts) else None
+    return None if result is own else result  # a cast: of the node, but not of the view, it is to another type
 
 
 def _is_repeated(user: Node, node: Node) -> bool:
@@ -427,10 +447,6 @@ def _is_repeated(user: Node, node: Node) -> bool:
     sizes = [source.meta.get("example_value") for source in user.all_input_nodes if source is not node]
     known = is_call(user, (torch.broadcast_to,), "expand", "broadcast_to")
     return known and all(isinstance(size, torch.SymInt) for size in sizes)
-
-
-def _stops_gradients(user: Node) -> bool:
-    return is_call(user, (torch.detach,), "detach") or (is_call(user, (getattr,)) and user.args[1] == "data")
 
 
 def _is_laid_out_as(value: Tensor | None, view: Tensor) -> bool:
@@ -441,8 +457,8 @@ def _is_laid_out_as(value: Tensor | None, view: Tensor) -> bool:
 
 
 def _is_view_of(result: object, view: Tensor) -> bool:
-    """Another tensor of the same numbers in the same memory: an operation in place returns the tensor itself."""
-    if not isinstance(result, Tensor) or result is view or torch._C._functorch.is_functorch_wrapped_tensor(result):
+    """A tensor of the same numbers in the same memory."""
+    if not isinstance(result, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(result):
         return False
     if result.dtype != view.dtype or result.is_neg() != view.is_neg():  # `view` is real: no conjugate is of its type
         return False

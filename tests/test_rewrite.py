@@ -454,6 +454,7 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
         (48, 32),
     ),
     "changed by what is no copy": (lambda x, w, b: doubled(y := w @ x.mT, y.contiguous()), (48, 32)),
+    "by the operator of another": (lambda x, w, b: torch.ops.pixelfly_tests.flat(w @ x.mT), (48, 32)),
     "in a sub-graph": (
         lambda x, w, b: torch.cond(x.sum() > 0, lambda y: y.sin().view(2, -1), lambda y: -y.view(2, -1), (w @ x.mT,)),
         (48, 32),
@@ -462,6 +463,16 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "after another matmul": (lambda x, w, b: F.layer_norm((w @ x.mT).mT, (48,)).view(-1), (48, 32)),
     "as a sum": (lambda x, w, b: (w @ x.mT).exp().sum(), (48, 32)),
 }
+
+
+@torch.library.custom_op("pixelfly_tests::flat", mutates_args=())
+def flat(y: Tensor) -> Tensor:
+    return y.view(-1).clone()
+
+
+@flat.register_fake
+def _(y: Tensor) -> Tensor:
+    return y.new_empty(y.numel())
 
 
 def doubled(y: Tensor, view: Tensor) -> Tensor:

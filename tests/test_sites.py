@@ -158,7 +158,6 @@ def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone(
     ("function", "reason"),
     [
         (lambda x, w, b: torch.einsum("bsd,df->bsdf", x, w), "`einsum`"),
-        (lambda x, w, b: x @ w.detach(), "`detach`"),
         (lambda x, w, b: x @ (w * 2), "`mul`"),
         (lambda x, w, b: x @ w.half().float(), "what another has rounded"),
         (lambda x, w, b: torch.tensordot(x, w, 0), "`tensordot`"),
@@ -211,6 +210,42 @@ def test_a_matmul_into_a_tensor_that_is_there_is_no_site(function: Callable[...,
     with torch.no_grad():
         (found,) = found_in(model, X)
     assert found.sites == () and "writes its result to a tensor" in found.skipped[0].reason
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, b: x @ w.detach(),
+        lambda x, w, b: x @ w.data,
+        lambda x, w, b: x @ w.mT.data.mT,
+        lambda x, w, b: F.linear(x, w.data[:, :16].t()),
+        lambda x, w, b: x @ torch.ops.aten.detach(w),
+        lambda x, w, b: x @ torch.ops.aten.detach.default(w),
+    ],
+)
+def test_a_view_that_no_gradients_go_through_is_no_weight(function: Callable[..., Any], training: bool) -> None:
+    with torch.set_grad_enabled(training):
+        (found,) = found_in(OneWeight(function, 32, 48), X)
+    assert found.sites == () and "which no gradients go through" in found.skipped[0].reason
+
+
+PACKETS: dict[str, Callable[..., torch.Tensor]] = {
+    "mm": lambda x, w, b: torch.ops.aten.mm(x[0], w),
+    "matmul": lambda x, w, b: torch.ops.aten.matmul(x, w),
+    "linear": lambda x, w, b: torch.ops.aten.linear(x, torch.ops.aten.t(w), b),
+    "addmm": lambda x, w, b: torch.ops.aten.addmm(b, x[0], w),
+    "bmm": lambda x, w, b: torch.ops.aten.bmm(x, w.expand(2, 32, 48)),
+    "einsum": lambda x, w, b: torch.ops.aten.einsum("bsk,kn->bsn", [x, w]),
+    "tensordot": lambda x, w, b: torch.ops.aten.tensordot(x, w, [2], [0]),
+    "conv1d": lambda x, w, b: torch.ops.aten.conv1d(x.mT, w.t().unsqueeze(-1), b),
+}
+
+
+@pytest.mark.parametrize("form", PACKETS)
+def test_operators_of_aten_without_their_overload_are_known(form: str) -> None:
+    (found,) = found_in(OneWeight(PACKETS[form], 32, 48), X)
+    assert [(site.name, site.transposed, site.reason) for site in found.sites] == [("w", True, None)]
 
 
 def test_no_such_tensor_is_in_no_ones_way() -> None:
