@@ -28,7 +28,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.forms import einsum_operands
-from pixelfly_compiler.passes.weights import is_call
+from pixelfly_compiler.passes.weights import is_call, reshaped_in_place
 
 log = logging.getLogger("pixelfly_compiler")
 
@@ -37,8 +37,10 @@ Code = Callable[..., Any]
 
 def open_composites(gm: GraphModule) -> GraphModule:
     """Open every composite of the graph and of its sub-graphs, in place."""
+    reshaped = reshaped_in_place(gm)
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
-        opened = [(node, code) for node in module.graph.nodes if (code := _code_of(node))]
+        composites = [(node, code) for node in module.graph.nodes if (code := _code_of(node))]
+        opened = [(node, code) for node, code in composites if reshaped.isdisjoint((node, *node.all_input_nodes))]
         for node, code in opened:
             _open(module, node, code)
         if opened:

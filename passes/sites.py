@@ -223,16 +223,23 @@ def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes
     """Those of the uses of a weight that are matmuls with it, and the others.
 
     What takes the weight twice multiplies it with itself. Inside of torch.func's grad our operators have no gradient.
+    Of a tensor that gets another shape in place it is not known what it was at the matmul.
     """
     times = Counter(use.user for use in uses)
     matches: list[Match] = []
     others: list[Use] = []
     for use in uses:
-        possible = times[use.user] == 1 and use.user not in scopes.differentiated
+        possible = times[use.user] == 1 and use.user not in scopes.differentiated and not _is_reshaped(use, scopes)
         match = _match(use, name, shape) if possible and use.reaches(scopes.without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
+
+
+def _is_reshaped(use: Use, scopes: Scopes) -> bool:
+    """Does the result of this use, or what it takes, get another shape in place?"""
+    index = () if use.selection is None else (use.selection.index,)
+    return not scopes.reshaped.isdisjoint((use.user, *use.user.all_input_nodes, *index))
 
 
 def _matrix(operands: Operands, view: torch.Tensor) -> torch.Tensor | None:
@@ -426,6 +433,8 @@ class _Weight:
         hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
         if user.kwargs.get("out") is not None:
             hint = "which writes its result to a tensor that is there"
+        elif _is_reshaped(use, self.scopes):
+            hint = "and the shape of its result, or of what it takes, is changed in place, as by `squeeze_`"
         elif user in self.factors:
             hint = "of which another parameter is taken for the weight"
         elif (value := value_of(user)) is not None and value.is_nested:

@@ -248,17 +248,20 @@ class Use:
 
 @dataclass(frozen=True)
 class Scopes:
-    """Nodes that stand under `no_grad`, and nodes inside of torch.func's grad, vjp and jvp; also in sub-graphs."""
+    """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, and nodes whose tensor gets
+    another shape in place; also in sub-graphs.
+    """
 
     without_gradients: frozenset[Node] = frozenset()
     differentiated: frozenset[Node] = frozenset()
+    reshaped: frozenset[Node] = frozenset()
 
     @staticmethod
     def of(gm: GraphModule) -> Scopes:
         modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
         frozen = [node for module in modules for node in _nodes_without_gradients(module)]
         differentiated = [node for module in modules for node in _differentiated_nodes(module)]
-        return Scopes(frozenset(frozen), frozenset(differentiated))
+        return Scopes(frozenset(frozen), frozenset(differentiated), reshaped_in_place(gm))
 
 
 def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
@@ -280,6 +283,25 @@ def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
             depth += {"increment_nesting": 1, "decrement_nesting": -1}.get(step, 0)
         if depth:
             yield node
+
+
+def reshaped_in_place(gm: GraphModule) -> frozenset[Node]:
+    """The nodes, also in sub-graphs, whose tensor gets another shape, or other strides, in place somewhere.
+
+    Their value says what the tensor is in the end, and not what it was when another node took it.
+    """
+    nodes = [node for module in gm.modules() if isinstance(module, GraphModule) for node in module.graph.nodes]
+    changed = {id(value_of(node.all_input_nodes[0])) for node in nodes if _reshapes_in_place(node)}
+    return frozenset(node for node in nodes if value_of(node) is not None and id(value_of(node)) in changed)
+
+
+def _reshapes_in_place(node: Node) -> bool:
+    """`t_`, `squeeze_`, `resize_`: torch has a mark for them. It is on `detach_` too, which keeps the shape."""
+    name = called(node)
+    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") and name != "detach_" else None
+    if not isinstance(packet, OpOverloadPacket) or not node.all_input_nodes:
+        return False
+    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def value_of(node: object) -> Tensor | None:

@@ -183,6 +183,19 @@ def test_products_of_three_factors_have_two_sites(form: str) -> None:
     assert [(site.name, site.rows, site.reason) for site in found.sites] == [("a", 10, None), ("b", 10, None)]
 
 
+def test_a_product_whose_factor_gets_another_shape_in_place_stays_whole() -> None:
+    class Turned(Factors):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            x = x[0].sin()
+            return self.form(x, self.a, self.b), x.unsqueeze_(1)
+
+    for form in FACTORS:
+        model = Turned(form)
+        found, result = opened(model, X)
+        torch.testing.assert_close(result, model(X))
+        assert found.sites == ()
+
+
 def test_a_weight_that_is_two_of_three_factors() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -230,6 +230,38 @@ def test_a_view_that_no_gradients_go_through_is_no_weight(function: Callable[...
     assert found.sites == () and "which no gradients go through" in found.skipped[0].reason
 
 
+RESHAPED: dict[str, Callable[..., Any]] = {
+    "x": lambda z, w, b: (torch.einsum("bsk,kn->bsn", z, w), z.squeeze_(0)),
+    "x, through another name": lambda z, w, b: (torch.inner(z, w.t()), z.cos_().squeeze_(0)),
+    "x, by a function": lambda z, w, b: (z @ w, torch.ops.aten.unsqueeze_(z, 0)),
+    "x, in a checkpoint": lambda z, w, b: (checkpoint(lambda z: z @ w, z, use_reentrant=False), z.squeeze_(0)),
+    "bias": lambda z, w, b: (c := b.sin(), F.linear(z, w.t(), c), c.unsqueeze_(0)),
+    "addend": lambda z, w, b: (c := z[0, :, :1].sin(), torch.addmm(c, z[0], w), c.t_()),
+    "result": lambda z, w, b: torch.einsum("bsk,kn->nbs", z, w).transpose_(0, 1),
+    "result, through another name": lambda z, w, b: (z @ w).sin_().squeeze_(0),
+}
+
+
+@pytest.mark.parametrize("form", RESHAPED)
+def test_a_matmul_whose_tensors_get_another_shape_in_place_is_no_site(form: str) -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: RESHAPED[form](x[:1].sin(), w, b), 32, 48), X)
+    assert found.sites == () and "is changed in place" in found.skipped[0].reason
+
+
+def test_an_index_that_gets_another_shape_in_place_picks_no_weight() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Any:
+        index = x[0, :, :3].argmax(-1)
+        return torch.bmm(x[0, :, None], w[index]), index.unsqueeze_(0)
+
+    (found,) = found_in(OneWeight(function, 3, 32, 48), X)
+    assert found.sites == () and "is changed in place" in found.skipped[0].reason
+
+
+def test_other_changes_in_place_are_in_no_ones_way() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: (x.sin_() @ w).mul_(2).detach_(), 32, 48), X.clone())
+    assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
+
+
 PACKETS: dict[str, Callable[..., torch.Tensor]] = {
     "mm": lambda x, w, b: torch.ops.aten.mm(x[0], w),
     "matmul": lambda x, w, b: torch.ops.aten.matmul(x, w),
