@@ -90,10 +90,10 @@ def _plus(node: Node, term: object, operands: Operands | None) -> Operands | Non
     beta, alpha = _factors(node)
     if operands is None or not isinstance(beta, int | float) or not isinstance(alpha, int | float):
         return None
+    if not isinstance(term, Node):  # named, or in a place, that only other versions of the operation know
+        return None
     if beta == alpha == 1:
         return replace(operands, addend=term)
-    if not isinstance(term, Node):
-        return None
     return replace(
         operands,
         enter=partial(_of_first, step=operands.enter),
@@ -112,7 +112,9 @@ def _of_first(x: Any, _: Any, step: Step) -> Any:
 
 def _scaled(y: Any, term: Any, leave: Step, alpha: float, beta: float) -> Any:
     product = leave(y) * alpha
-    return product + term.type_as(product) * beta if beta else product  # not even a NaN of the term counts if it is 0
+    if beta:
+        return product + term.type_as(product) * beta
+    return product + term.flatten()[:0].sum()  # not even a NaN of the term counts, and its gradients are zeros
 
 
 _MATMULS = (torch.mm, torch.matmul, torch.linalg.matmul, operator.matmul, torch.mv)
@@ -265,7 +267,7 @@ def _order(index: Any, matrices: int) -> Any:
 def _ends_by_index(x: Any, index: Any, matrices: int, width: int) -> Any:
     numbers = index.new_ones(matrices).cumsum(0)
     before = (index.remainder(matrices).unsqueeze(0) < numbers.unsqueeze(1)).sum(1)
-    return (before * (x.numel() // (x.shape[0] * width))).to(torch.int32)
+    return (before * (x.flatten(1).shape[1] // width)).to(torch.int32)  # there may be no index, so of what one meets
 
 
 def _einsum(node: Node, operand: Node) -> Operands | None:

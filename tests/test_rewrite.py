@@ -171,6 +171,24 @@ def test_matrices_that_an_index_gathers(function: Callable[..., Tensor], x: Tens
     torch.testing.assert_close(result.y, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_an_index_that_gathers_nothing(dynamic: bool | None) -> None:
+    w = torch.randn(3, 32, 48)
+    model = OneWeight(lambda x, w, b: torch.bmm(x[:, None], w[x[:, :3].argmax(-1)]), *w.shape)
+    result = rewritten(model, torch.randn(0, 32), dynamic=dynamic)
+    assert result.count() == 1 and result.y.shape == (0, 1, 48)
+
+
+def test_a_term_that_counts_nothing_has_gradients_of_zeros() -> None:
+    """And not even a NaN of it reaches the result."""
+    model = OneWeight(lambda x, w, b: torch.addmm(b, x.view(-1, 32), w, beta=0), 32, 48)
+    model.bias.data[0] = torch.nan
+    y = rewritten(model, X).y
+    torch.testing.assert_close(y, expected(model, True, X), rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(y.sum(), model.bias)
+    assert torch.equal(gradient, torch.zeros(48))
+
+
 def test_two_matmuls_with_one_weight_share_its_compact_form() -> None:
     model = OneWeight(lambda x, w, b: F.linear(x, w) + F.linear(x.relu(), w, b), 48, 32)
     result = rewritten(model, X)

@@ -262,6 +262,11 @@ def test_other_changes_in_place_are_in_no_ones_way() -> None:
     assert [(site.name, site.reason) for site in found.sites] == [("w", None)]
 
 
+def test_a_term_of_another_name_or_place_is_not_dropped() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: torch.ops.aten.addmm(self=b, mat1=x[0], mat2=w), 32, 48), X)
+    assert found.sites == () and "`addmm`" in found.skipped[0].reason
+
+
 PACKETS: dict[str, Callable[..., torch.Tensor]] = {
     "mm": lambda x, w, b: torch.ops.aten.mm(x[0], w),
     "matmul": lambda x, w, b: torch.ops.aten.matmul(x, w),
