@@ -385,11 +385,11 @@ def _convolution(node: Node, operand: Node) -> Operands | None:
     dims = node.target.__name__[4]  # type: ignore[union-attr]
     kernel = _shape(weight)[2:]
     strides, dilations = _each(stride, 1, int(dims)), _each(dilation, 1, int(dims))
-    if len(_shape(x)) != int(dims) + 2 or groups not in (None, 1) or not _is_unpadded(padding, kernel):
+    if groups not in (None, 1) or not _is_unpadded(padding, kernel):
         return None
     if any(k > 1 and (s != k or d != 1) for k, s, d in zip(kernel, strides, dilations, strict=True)):
         return None
-    return Operands(
+    operands = Operands(
         x,
         weight,
         bias,
@@ -397,6 +397,7 @@ def _convolution(node: Node, operand: Node) -> Operands | None:
         enter=partial(_patches, kernel=kernel, strides=strides),
         leave=partial(torch.movedim, source=-1, destination=1),
     )
+    return _with_a_batch(operands, kernel)
 
 
 def _transposed_convolution(node: Node, operand: Node) -> Operands | None:
@@ -407,11 +408,11 @@ def _transposed_convolution(node: Node, operand: Node) -> Operands | None:
     x, weight, bias, stride, padding, more, groups, dilation = _arguments(node, names)
     kernel = _shape(weight)[2:]
     dims = len(kernel)
-    if len(_shape(x)) != dims + 2 or groups not in (None, 1) or any(_each(padding, 0, dims) + _each(more, 0, dims)):
+    if groups not in (None, 1) or any(_each(padding, 0, dims) + _each(more, 0, dims)):
         return None
     if _each(stride, 1, dims) != kernel or any(_each(dilation, 1, dims)[i] != 1 for i, k in enumerate(kernel) if k > 1):
         return None
-    return Operands(
+    operands = Operands(
         x,
         weight,
         matrix=_columns,
@@ -419,6 +420,24 @@ def _transposed_convolution(node: Node, operand: Node) -> Operands | None:
         leave=partial(_as_patches, kernel=kernel),
         given=(bias,) if isinstance(bias, Node) else (),
     )
+    return _with_a_batch(operands, kernel)
+
+
+def _with_a_batch(operands: Operands, kernel: Sequence[int]) -> Operands | None:
+    """These operands of a convolution; where x is one image without a batch, it becomes one of one."""
+    dims = len(_shape(operands.x)) - len(kernel)
+    if dims == 1:
+        enter, leave = partial(_of_one, step=operands.enter), partial(_one_of, step=operands.leave)
+        return replace(operands, enter=enter, leave=leave)
+    return operands if dims == 2 else None
+
+
+def _of_one(x: Any, *given: Any, step: Step) -> Any:
+    return step(x.unsqueeze(0), *given)
+
+
+def _one_of(y: Any, *given: Any, step: Step) -> Any:
+    return step(y, *given).squeeze(0)
 
 
 def _columns(weight: Any) -> Any:
@@ -506,4 +525,6 @@ def operands_of(node: Node, operand: Node) -> Operands | None:
 
 
 def is_matmul_of(operands: Operands, operand: Node) -> bool:
-    return isinstance(operands.x, Node) and operands.x is not operand and value_of(operands.x) is not None
+    """Is x known, and the weight nothing else of it?"""
+    others = (operands.x, operands.bias, operands.addend, *operands.given)
+    return isinstance(operands.x, Node) and value_of(operands.x) is not None and all(o is not operand for o in others)

@@ -307,6 +307,15 @@ def _is_lookup(use: Use) -> bool:
     return is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
 
 
+def _is_term(use: Use) -> bool:
+    """Is the weight what `addmm` and its like add to the product?"""
+    known = is_call(use.user, _ADDING, *(function.__name__ for function in _ADDING))
+    return known and (use.user.args[:1] == (use.operand,) or use.user.kwargs.get("input") is use.operand)
+
+
+_ADDING = (torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm)
+
+
 def _reads_nothing(use: Use) -> bool:
     """Nodes that only look at the weight's metadata, or that nothing needs."""
     user = use.user
@@ -317,14 +326,15 @@ def _reads_nothing(use: Use) -> bool:
 
 # Part of an operation's name -> why it stays dense.
 _HINTS = {  # by a word in the operation's name, the first that is in it
-    "conv_transpose": "a transposed convolution with groups, padding or windows that overlap",
-    "conv": "a convolution with groups, padding or windows that overlap",
+    "conv_transpose": "a transposed convolution with groups, padding or windows that overlap or leave gaps",
+    "conv": "a convolution with groups, padding or windows that overlap or leave gaps",
     "bmm": "which multiplies with several matrices in a way pixelfly does not know",
     "grouped_mm": "which multiplies with several matrices in a way pixelfly does not know",
     "view_as_complex": "which makes complex numbers of it",
     "as_strided": "which sees it as it lies in memory",
     "getitem": "with an index that pixelfly does not follow",
     "embedding": "whose max_norm writes to the table",
+    "_add_batch_dim": "which gives vmap one part of it for each call",
     "autograd_function_apply": "a custom autograd.Function, whose own backward computes with the weight",
     "scan": "which takes it apart, or changes it, step by step",
     "map_impl": "which takes it apart",
@@ -402,7 +412,8 @@ class _Weight:
         box = first.box(self.shape)
         for use in self.others:
             if overlap(box, _box(use.region, self.shape)):
-                return f"the weight is also used by {_describe(use.user)}"
+                hint = self._hint(use)
+                return f"the weight is also used by {_describe(use.user)}" + (f", {hint}" if hint else "")
         if not first.is_box(self.shape):
             return "a part of the weight with gaps"
         if any(match.transposed != matches[0].transposed for match in matches):
@@ -413,9 +424,10 @@ class _Weight:
                 return overlapping(matches[0].site, other.site)
         return None
 
-    def skipped(self, flops: int) -> Skipped:
+    def skipped(self, flops: int, multiplies: bool) -> Skipped:
+        """`multiplies`: a matmul follows on what uses this weight."""
         lookup = bool(self.uses) and not self.others
-        reason = self._why_no_matmul(multiplies=flops > 0)
+        reason = self._why_no_matmul(multiplies)
         return Skipped(self.name, self.shape, reason, lookup, used=bool(self.uses), flops=flops)
 
     def _why_no_matmul(self, multiplies: bool) -> str:
@@ -427,25 +439,33 @@ class _Weight:
         if not self.others:
             return "an embedding lookup, not a matmul"
         use = self.others[0]
-        user = use.user
+        hint = self._hint(use)
+        if hint is None:
+            hint = _COMPUTED if multiplies and not flops_of(use.user) else "not by a matmul pixelfly knows"
+        return f"used by {_describe(use.user)}, {hint}"
+
+    def _hint(self, use: Use) -> str | None:
+        """Why this use is no matmul that may become sparse; None if there is nothing that a user could change."""
+        user, value = use.user, value_of(use.user)
         if user in self.scopes.differentiated:
-            return f"used by {_describe(user)} inside of a transform of torch.func, where our kernels have no gradient"
-        hint = next((text for word, text in _HINTS.items() if word in str(user.target)), None)
+            return "inside of a transform of torch.func, where our kernels have no gradient"
         if user.kwargs.get("out") is not None:
-            hint = "which writes its result to a tensor that is there"
-        elif _is_reshaped(use, self.scopes):
-            hint = "and the shape of its result, or of what it takes, is changed in place, as by `squeeze_`"
-        elif user in self.factors:
-            hint = "of which another parameter is taken for the weight"
-        elif (value := value_of(user)) is not None and value.is_nested:
-            hint = "of a nested tensor, which our kernels do not take"
-        elif stops_gradients(use):
-            hint = "which no gradients go through, as with `detach` and `.data`"
-        elif is_cast(user):
-            hint = "a cast of what another has rounded, or to another device or kind of number"
-        elif hint is None:
-            hint = _COMPUTED if multiplies and not flops_of(user) else "not by a matmul pixelfly knows"
-        return f"used by {_describe(user)}, {hint}"
+            return "which writes its result to a tensor that is there"
+        if _is_reshaped(use, self.scopes):
+            return "and the shape of its result, or of what it takes, is changed in place, as by `squeeze_`"
+        if user in self.factors:
+            return "of which another parameter is taken for the weight"
+        if value is not None and value.is_nested:
+            return "of a nested tensor, which our kernels do not take"
+        if stops_gradients(use):
+            return "which no gradients go through, as with `detach` and `.data`"
+        if not use.reaches(self.scopes.without_gradients):
+            return "of a view or a copy that is made without gradients"
+        if _is_term(use):
+            return "which adds it to a product"
+        if is_cast(user):
+            return "a cast of what another has rounded, or to another device or kind of number"
+        return next((text for word, text in _HINTS.items() if word in str(user.target)), None)
 
 
 def _box(view: torch.Tensor, shape: Sequence[int]) -> tuple[range, ...]:
@@ -510,5 +530,11 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     roles = assign_roles(gm, [(site.name, site.weight_shape, nodes[site.name]) for site in sites])
     sites = [replace(site, role=roles[site.name]) for site in sites]
     eligible = {site.name for site in sites if site.reason is None}
-    skipped = [weight.skipped(flops[node]) for node, weight in weights.items() if not weight.matches]
+    # Of weights that are computed with together, as by `stack`, one has the flops of the matmul that follows.
+    multiplied = {use.user for node, weight in weights.items() if flops[node] for use in weight.others}
+    skipped = [
+        weight.skipped(flops[node], any(use.user in multiplied for use in weight.others))
+        for node, weight in weights.items()
+        if not weight.matches
+    ]
     return Found(tuple(sites), tuple(match for match in matches if match.site in eligible), tuple(skipped))

@@ -126,6 +126,7 @@ FORMS: dict[str, tuple[Callable[..., Tensor], tuple[int, int], bool]] = {
     "arguments by name, in another order": (lambda x, w, b: torch.mm(mat2=w, input=x.view(-1, 32)), (32, 48), True),
     "of a square, by name": (lambda x, w, b: torch.matmul(other=w, input=x), (32, 32), True),
     "a convolution": (lambda x, w, b: F.conv1d(x.mT, w[..., None]), (48, 32), False),
+    "a convolution without a batch": (lambda x, w, b: F.conv1d(x[0].mT, w[..., None], b), (48, 32), False),
     "einsum that permutes": (lambda x, w, b: torch.einsum("bsd,df->sfb", x, w), (32, 48), True),
 }
 

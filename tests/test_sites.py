@@ -166,7 +166,7 @@ def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone(
         (lambda x, w, b: x @ w.bfloat16().view(torch.float32), "`view`"),
         (lambda x, w, b: x * torch.view_as_complex(w.unflatten(-1, (-1, 2)))[0, 0], "`view_as_complex`"),
         (lambda x, w, b: x @ w.T.contiguous().as_strided((32, 48), (1, 32)), "`as_strided`"),
-        (lambda x, w, b: torch.baddbmm(w.view(2, 16, 48), x[..., :16].mT, x.new_ones(2, 5, 48)), "`baddbmm`"),
+        (lambda x, w, b: torch.baddbmm(w.view(2, 16, 48), x[..., :16].mT, x.new_ones(2, 5, 48)), "which adds it"),
     ],
 )
 def test_other_uses_are_passed_over_with_the_reason(function: Callable[..., Any], reason: str) -> None:
@@ -180,6 +180,8 @@ def test_other_uses_are_passed_over_with_the_reason(function: Callable[..., Any]
     [
         (lambda x, w, b: x @ w + w.sum(), "also used by `sum`"),
         (lambda x, w, b: (x @ w) @ w.T, "both orientations"),
+        (lambda x, w, b: x @ w + x @ w.data, "which no gradients go through"),
+        (lambda x, w, b: x @ w + (x[0] @ w).unsqueeze_(0), "also used by `matmul`, and the shape of its result"),
         (lambda x, w, b: x @ w[:, :32] + w.view(-1)[30:49].sum(), "also used by `sum`"),
         (lambda x, w, b: x @ w[:, :16] + w.view(-1)[20:130].sum(), "also used by `sum`"),
     ],
@@ -326,7 +328,7 @@ class _Product(torch.autograd.Function):
     ("function", "reason"),
     [
         (lambda x, w, b: grad(lambda y: (y @ w).sin().sum())(x), "inside of a transform of torch.func"),
-        (lambda x, w, b: vmap(lambda row: x @ row)(w.unflatten(0, (2, 16)).mT), "`_add_batch_dim`"),
+        (lambda x, w, b: vmap(lambda row: x @ row)(w.unflatten(0, (2, 16)).mT), "gives vmap one part of it"),
         (lambda x, w, b: _Product.apply(x, w), "custom autograd.Function"),
     ],
     ids=["grad", "vmap", "autograd.Function"],
@@ -349,6 +351,7 @@ CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...], bool]] = {
     "long patches": (nn.Conv2d(32, 48, (1, 4), (1, 4)), (2, 32, 4, 9), True),
     "patches in time": (nn.Conv3d(32, 48, (2, 1, 1), (2, 1, 1)), (2, 32, 4, 2, 2), True),
     "one dimension": (nn.Conv1d(32, 48, 3, 3, bias=False), (2, 32, 7), True),
+    "no batch": (nn.Conv2d(32, 48, 2, 2), (32, 4, 5), True),
     "windows that overlap": (nn.Conv2d(32, 48, 3), (2, 32, 4, 5), False),
     "gaps between windows": (nn.Conv1d(32, 48, 2, 3), (2, 32, 8), False),
     "gaps inside of windows": (nn.Conv1d(32, 48, 2, 2, dilation=2), (2, 32, 8), False),
@@ -378,6 +381,7 @@ def test_convolutions_that_are_matmuls_are_sites_and_others_are_counted(kind: st
         (nn.ConvTranspose1d(32, 48, 3, 3), (2, 32, 5)),
         (nn.ConvTranspose2d(32, 48, (2, 4), (2, 4), bias=False), (2, 32, 4, 5)),
         (nn.ConvTranspose3d(32, 48, (1, 2, 3), (1, 2, 3)), (2, 32, 2, 3, 4)),
+        (nn.ConvTranspose1d(32, 48, 3, 3), (32, 5)),
     ],
 )
 def test_a_transposed_convolution_of_patches_is_a_matmul(model: nn.Module, shape: tuple[int, ...]) -> None:
@@ -390,10 +394,12 @@ def test_a_transposed_convolution_of_patches_is_a_matmul(model: nn.Module, shape
 
 
 def test_other_transposed_convolutions_are_counted_and_called_what_they_are() -> None:
-    model, x = nn.ConvTranspose2d(32, 48, 3, 2), torch.randn(2, 32, 4, 5)
-    (found,) = found_in(model, x)
-    assert found.sites == () and "a transposed convolution" in found.skipped[0].reason
-    assert found.skipped[0].flops == 2 * x.numel() * 48 * 3 * 3
+    for size in (3, 1):  # windows that overlap, and gaps between them
+        model, x = nn.ConvTranspose2d(32, 48, size, 2), torch.randn(2, 32, 4, 5)
+        (found,) = found_in(model, x)
+        reason = "a transposed convolution with groups, padding or windows that overlap or leave gaps"
+        assert found.sites == () and reason in found.skipped[0].reason
+        assert found.skipped[0].flops == 2 * x.numel() * 48 * size**2
 
 
 def test_a_view_made_without_gradients_is_no_weight_in_training() -> None:
@@ -403,7 +409,7 @@ def test_a_view_made_without_gradients_is_no_weight_in_training() -> None:
         return x @ view
 
     (found,) = found_in(OneWeight(function, 48, 32), X.clone().requires_grad_())
-    assert found.sites == ()
+    assert found.sites == () and "made without gradients" in found.skipped[0].reason
 
 
 def test_values_that_a_cast_changes_are_no_weight() -> None:
@@ -459,6 +465,19 @@ def test_what_is_computed_from_a_weight_and_never_used_is_in_no_ones_way() -> No
 def test_a_use_that_reads_no_numbers_is_in_no_ones_way(function: Callable[..., Any]) -> None:
     (found,) = found_in(OneWeight(function, 32, 48), X)
     assert [(site.name, site.reason, site.other_flops) for site in found.sites] == [("w", None, 0)]
+
+
+def test_of_weights_that_are_computed_with_together_each_has_the_reason() -> None:
+    model = OneWeight(lambda x, w, b: x @ torch.stack([w, cast(Any, model).v]), 32, 48)
+    model.v = nn.Parameter(torch.randn(32, 48))
+    (found,) = found_in(model, X)
+    assert len(found.skipped) == 2
+    assert all("the weight of a matmul is computed from that" in item.reason for item in found.skipped)
+
+
+def test_a_weight_that_its_own_product_is_added_to_is_no_site() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: torch.addmm(w, x[0].t() @ x[0], w), 32, 32), X)
+    assert found.sites == () and "which adds it to a product" in found.skipped[0].reason
 
 
 def test_a_weight_times_itself_is_no_site() -> None:
