@@ -7,12 +7,12 @@
 
 Here blocks, u and v are what a `CompactWeight` computes of its factors, gamma included: elementwise, on compact data.
 Transposes of w are followed, and casts to another dtype, which then apply to blocks, u and v. A matmul as in any of
-`forms.PATTERNS` is folded, also in a sub-graph. What else uses w keeps it, densified.
+`forms.PATTERNS` is folded, also in a sub-graph. What else uses w keeps it, densified. A w that is written to stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
 from pixelfly_compiler.passes.sites import Match, matmuls
-from pixelfly_compiler.passes.weights import Scopes, uses
+from pixelfly_compiler.passes.weights import Scopes, may_write, sub_graphs, uses, value_of
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,10 +32,10 @@ def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -
 
     Returns how many.
     """
-    folded = 0
+    folded, scopes = 0, Scopes.of(gm)
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
         densified = [node for node in module.graph.nodes if node.target in DENSIFY]
-        found = [fold for node in densified for fold in _folds(module, node)]
+        found = [fold for node in densified for fold in _folds(module, node, scopes)]
         folds = {fold.match.node: fold for fold in found if _can_fold(fold.match, module, has_kernels)}
         for match in last_first(fold.match for fold in folds.values()):
             _replace(folds[match.node])
@@ -57,11 +57,36 @@ class _Fold:
     transposed: bool
 
 
-def _folds(module: GraphModule, densify: Node) -> Iterator[_Fold]:
+def _folds(module: GraphModule, densify: Node, scopes: Scopes) -> Iterator[_Fold]:
     shape = densify.meta["example_value"].shape
-    for match in matmuls(list(uses(module, densify, shape)), densify.name, shape, Scopes.of(module))[0]:
+    found = list(uses(module, densify, shape))
+    if _is_written_to([use.operand for use in found]):
+        return
+    for match in matmuls(found, densify.name, shape, scopes)[0]:
         if match.region is None and match.matrices is None:  # not of a part
             yield _Fold(match, densify, match.transposed)
+
+
+def _is_written_to(nodes: Sequence[Node]) -> bool:
+    """Does anything in the graphs of these write to one of them, through whatever view?
+
+    Not what runs a sub-graph: that is a graph of these itself.
+    """
+    memory = {_memory(node) for node in nodes} - {None}
+    graphs = {node.graph for node in nodes}
+    writing = [node for graph in graphs for node in graph.nodes if may_write(node)]
+    read = [source for node in writing if not _runs_a_graph(node) for source in node.all_input_nodes]
+    return any(_memory(source) in memory for source in read)
+
+
+def _runs_a_graph(node: Node) -> bool:
+    module = node.graph.owning_module
+    return module is not None and sub_graphs(module, node) is not None
+
+
+def _memory(node: Node) -> int | None:
+    value = value_of(node)
+    return None if value is None else value.untyped_storage()._cdata
 
 
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:

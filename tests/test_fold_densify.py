@@ -104,12 +104,25 @@ def bias_of_the_weight(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w) + w.mean()
 
 
+def into_another(x: Tensor, w: Tensor) -> Tensor:
+    y = x.new_zeros(ROWS, OUT)
+    with torch.no_grad():
+        torch.addmm(BIAS, x, w.t(), out=y)
+    return y
+
+
 NOT_FOLDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
     "another use beside": (bias_of_the_weight, 1, 1),
     "only another use": (lambda x, w: x.sum() * w, 0, 1),
     "changed before": (lambda x, w: F.linear(x, w.relu()), 0, 1),
     "with itself": (lambda x, w: w @ w.t(), 0, 1),
     "part of it": (lambda x, w: F.linear(x, w[:64]), 0, 1),
+    "into a tensor that is there": (into_another, 0, 1),
+    "without gradients": (lambda x, w: F.linear(x, w.data), 0, 1),
+    "written to": (lambda x, w: (w.mul_(2), F.linear(x, w))[1], 0, 1),
+    "a view written to": (lambda x, w: (w.detach()[0].zero_(), F.linear(x, w))[1], 0, 1),
+    "a cast written to": (lambda x, w: (v := w.bfloat16(), v.mul_(2), F.linear(x.bfloat16(), v).float())[2], 0, 1),
+    "turned in place": (lambda x, w: (F.linear(x, w), w.t_())[0], 0, 1),
     "double": (lambda x, w: F.linear(x.double(), w.double()), 0, 1),
 }
 
