@@ -54,6 +54,13 @@ def _grouped(x: Tensor, w: Tensor) -> Tensor:
     return y[order.argsort()].unflatten(0, (-1, 4))
 
 
+def _into_another(x: Tensor, w: Tensor) -> Tensor:
+    y = x.new_empty(len(x), 4, w.shape[1])
+    with torch.no_grad():
+        torch.bmm(x, w.expand(len(x), -1, -1), out=y)
+    return y
+
+
 # Each takes x (batch, 4, in), and a weight of the shape below it, to (batch, 4, out).
 FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int, int], tuple[int, ...]]]] = {
     "linear": (lambda x, w, b: F.linear(x, w, b), lambda k, n: (n, k)),
@@ -66,6 +73,11 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
         lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w, beta=0.5, alpha=2).unflatten(0, (-1, 4)),
         lambda k, n: (k, n),
     ),
+    "addmm without its term": (
+        lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w, beta=0).unflatten(0, (-1, 4)),
+        lambda k, n: (k, n),
+    ),
+    "of aten": (lambda x, w, b: torch.ops.aten.linear(x, torch.ops.aten.t(w), b), lambda k, n: (k, n)),
     "left addmm": (lambda x, w, b: torch.stack([b.addmm(m, w.t()) for m in x]), lambda k, n: (n, k)),
     "vectors": (
         lambda x, w, b: torch.stack([w.mv(v) for v in x.flatten(0, 1)]).unflatten(0, (-1, 4)),
@@ -139,6 +151,16 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "by name": (lambda x, w, b: torch.matmul(other=w, input=x), lambda k, n: (k, n)),
     "beside zeros like it": (lambda x, w, b: x @ w + w.new_zeros(w.shape[1:]), lambda k, n: (k, n)),
     # These stay dense, wholly or in part.
+    "bias, turned in place": (
+        lambda x, w, b: (c := b.sin(), F.linear(x, w, c), c.unsqueeze_(0))[1],
+        lambda k, n: (n, k),
+    ),
+    "turned in place": (
+        lambda x, w, b: torch.einsum("bsk,kn->bns", x, w).transpose_(1, 2),
+        lambda k, n: (k, n),
+    ),
+    "into another": (lambda x, w, b: _into_another(x, w) + b, lambda k, n: (k, n)),
+    "without gradients": (lambda x, w, b: x @ w.data + b, lambda k, n: (k, n)),
     "broadcast": (lambda x, w, b: torch.einsum("bsk,kn->bsn", x[..., :1], w), lambda k, n: (k, n)),
     "a matrix for each head": (
         lambda x, w, b: torch.einsum("bsk,hkn->bshn", x, w).flatten(2),
@@ -242,6 +264,7 @@ def check(case: Case) -> None:
     assert _close(ours, exact, tolerance)
     if not any(map(_is_convolution, (form for form, *_ in case.layers))):
         assert _strides(ours) == _strides(exact)
+    assert not any(our_gradients[name].any() for name in our_gradients.keys() - gradients.keys())
     for name, gradient in gradients.items():
         assert _close(our_gradients[name], gradient, 10 * tolerance), name
     with torch.no_grad():
