@@ -215,12 +215,17 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
-        ctx.form, ctx.matrix = form, matrix.detach()
+        ctx.form, ctx.matrix, ctx.compact = form, matrix.detach(), compact
+        ctx.set_materialize_grads(False)
         return compact.blocks.detach(), compact.u.detach()
 
     @staticmethod
     @_disable_dynamo  # it is called from compiled code where that calls `backward()`
-    def backward(ctx: Any, g_blocks: Tensor, g_u: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if all(gradient is None for gradient in gradients):  # no result depends on the weight
+            return None, None, None
+        parts = zip(gradients, (ctx.compact.blocks, ctx.compact.u), strict=True)
+        g_blocks, g_u = (torch.zeros_like(part) if gradient is None else gradient for gradient, part in parts)
         like = _oriented(ctx.matrix, ctx.form)
         return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None
 
