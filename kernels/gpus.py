@@ -54,7 +54,6 @@ class Gpu:
 KNOWN = {
     gpu.target: gpu
     for gpu in (
-        Gpu("cuda:75", "T4", "turing", 40, 64 << 10, 65536, 1024, 320e9, 65e12, 8.1e12, 8.1e12),
         Gpu("cuda:80", "A100 SXM 80 GB", "ampere", 108, 163 << 10, 65536, 2048, 2039e9, 312e12, 156e12, 19.5e12),
         Gpu("cuda:86", "A10", "ampere", 72, 99 << 10, 65536, 1536, 600e9, 125e12, 62.5e12, 31.2e12),
         Gpu("cuda:89", "L40S", "ampere", 142, 99 << 10, 65536, 1536, 864e9, 362e12, 183e12, 91.6e12),
@@ -66,7 +65,7 @@ KNOWN = {
 }
 
 
-OLDEST = (7, 5)  # compute capability: older ones lack the tensor core instructions that Triton compiles to
+OLDEST = (8, 0)  # compute capability: for older ones Triton 3.7 makes no tensor core code, but FMAs that spill
 
 
 @lru_cache(maxsize=16)
@@ -84,7 +83,7 @@ def _described(properties: Any) -> Gpu:
         number = 10 * properties.major + properties.minor
         target = f"cuda:{number}"
         below = [gpu for gpu in KNOWN.values() if gpu.backend == "cuda" and int(gpu.arch) <= number]
-        nearest = max(below or [KNOWN["cuda:75"]], key=lambda gpu: int(gpu.arch))
+        nearest = max(below or [KNOWN["cuda:80"]], key=lambda gpu: int(gpu.arch))
     return replace(
         nearest,
         target=target,
@@ -106,5 +105,6 @@ def why_no_kernels(device: torch.device, several: bool = False) -> str | None:
         return "kernels for GPUs need triton, which is not installed"
     gpu = gpu_of(device)
     if gpu.backend == "cuda" and gpu.capability < OLDEST:
-        return f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, kernels need 7.5 or newer"
+        has = ".".join(map(str, gpu.capability))
+        return f"{gpu.name} has compute capability {has}, and Triton makes tensor core code from 8.0 on"
     return None

@@ -110,10 +110,6 @@ def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
     return list(dict.fromkeys([default, *fitting]))
 
 
-def _turing(shape: LinearShape) -> LinearLaunch:
-    return replace(_ampere(shape), stages=2)
-
-
 def _ampere(shape: LinearShape) -> LinearLaunch:
     """mma.sync takes any tile of 16 x 8; shared memory is what limits the pipeline.
 
@@ -143,7 +139,6 @@ def _cdna(shape: LinearShape) -> LinearLaunch:
 
 
 _LINEAR: dict[str, Callable[[LinearShape], LinearLaunch]] = {
-    "turing": _turing,
     "ampere": _ampere,
     "hopper": _hopper,
     "blackwell": _hopper,
@@ -217,7 +212,7 @@ def _grad_default(shape: GradShape, gpu: Gpu) -> GradLaunch:
     pack = _pack(shape, gpu)
     tile = pack * shape.b_in * shape.b_out
     block_m = 16 if shape.exact else 64 * 2 // shape.itemsize
-    stages = {"turing": 2, "cdna": 2}.get(gpu.family, 3)
+    stages = 2 if gpu.family == "cdna" else 3
     launch = GradLaunch(pack, block_m, 1, 8 if tile > 64 * 128 and gpu.family != "blackwell" else 4, stages)
     while launch.stages > 1 and launch.shared_memory(shape) > _room(gpu):
         launch = replace(launch, stages=launch.stages - 1)
@@ -271,7 +266,6 @@ def projection_launch(block: int, rank: int, gpu: Gpu) -> ProjectionLaunch:
     """Weights have few block rows: 16 rows a program, so that all multiprocessors read, 16 bytes a thread. Three
     products in tf32 are as good as one in fp32, and run on the tensor cores.
     """
-    tensor_cores = gpu.backend == "cuda" and gpu.capability >= (8, 0)
     rows, tile = 16, min(block, 32)
     return ProjectionLaunch(
         rows=rows,
@@ -279,8 +273,8 @@ def projection_launch(block: int, rank: int, gpu: Gpu) -> ProjectionLaunch:
         block_m=tile,
         block_r=min(max(_power_of_two(rank), 16), 64 if block < 128 else 32),
         warps=min(rows * tile // (4 * gpu.warp), 4),
-        stages=2 if gpu.family in ("turing", "cdna") else 3,
-        precision="tf32x3" if tensor_cores else "ieee",
+        stages=2 if gpu.family == "cdna" else 3,
+        precision="tf32x3" if gpu.backend == "cuda" else "ieee",
     )
 
 

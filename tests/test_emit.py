@@ -178,10 +178,11 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 # ---- what bad input gets ----
 
 
-def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cuda:42", "cuda:75"])
+def test_an_unknown_target_lists_the_known_ones(tmp_path: Path, target: str) -> None:
     model, args = mlp()
-    with pytest.raises(OptionError, match=r"'cuda:42' is not known[^$]*known targets: .*cuda:90.*hip:gfx942"):
-        pixelfly_compiler.emit(model, args, target="cuda:42", out_dir=tmp_path)
+    with pytest.raises(OptionError, match=rf"'{target}' is not known[^$]*known targets: cuda:80.*cuda:90.*hip:gfx942"):
+        pixelfly_compiler.emit(model, args, target=target, out_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +237,8 @@ def test_without_triton_emit_says_what_to_install(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("capability", "reason"), [((7, 0), "compute capability 7.0"), ((7, 5), None), ((12, 1), None)]
+    ("capability", "reason"),
+    [((7, 0), "compute capability 7.0"), ((7, 5), "from 8.0 on"), ((8, 0), None), ((12, 1), None)],
 )
 def test_old_gpus_stay_dense_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
