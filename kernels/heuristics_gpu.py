@@ -16,8 +16,8 @@ from pixelfly_compiler.kernels.gpus import Gpu
 class LinearShape:
     """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
 
-    `exact` asks for IEEE fp32 products, which no tensor core computes. `random`: dropout follows, and draws its numbers
-    in the epilogue.
+    `exact` asks for IEEE fp32 products, which no tensor core computes. `epilogue`: see `epilogue_weight`; 1 is the
+    product alone.
     """
 
     rows: int
@@ -28,7 +28,12 @@ class LinearShape:
     rank: int
     itemsize: int
     exact: bool = False
-    random: bool = False
+    epilogue: float = 1.0
+
+    @property
+    def is_heavy(self) -> bool:
+        """With 64 outputs a thread, such epilogues spill."""
+        return self.epilogue > 3.5
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
     """What all families agree on: tiles as tall as the rows allow, small blocks side by side up to 64 outputs."""
     if shape.exact:
         most_m, most_n = min(most_m, 64), min(most_n, 64)
-    if shape.random:
+    if shape.is_heavy:
         most_n = min(most_n, 64)
     block_m = min(max(_power_of_two(shape.rows), 16), most_m)
     block_n = min(shape.block_n, most_n)
@@ -170,7 +175,7 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
     """The launch for few rows spread over more programs, and with no more stages than fit."""
     if shape.exact:
         launch = replace(launch, warps=8)
-    if shape.random:  # ten rounds of a generator of four numbers: with 64 outputs a thread they spill
+    if shape.is_heavy:
         launch = replace(launch, warps=max(launch.warps, 256 // gpu.warp))
     if shape.rows <= 64:
         launch = replace(launch, groups=1)

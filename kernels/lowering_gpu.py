@@ -7,7 +7,6 @@ What is a thin dense product (t = x v, the gradients of u and v) is a library ma
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -31,10 +30,10 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
-from torch.fx import Node
 
 from pixelfly_compiler.kernels import reference
 from pixelfly_compiler.kernels.compat import fuse_through_views, size_hint
+from pixelfly_compiler.kernels.epilogue import epilogue_weight
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import (
     GradShape,
@@ -130,35 +129,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 or dtype != torch.float32 else "ieee"
 
 
-def _dropout_follows(node: Node) -> bool:
-    """Do only pointwise operations and views lie between the node and one that takes random numbers?"""
-    front, seen = list(node.users), {node}
-    while front:
-        user = front.pop()
-        if user in seen or not (user.target in _VIEWS or torch.Tag.pointwise in getattr(user.target, "tags", ())):
-            continue
-        if any(map(_is_random, user.all_input_nodes)):
-            return True
-        seen.add(user)
-        front.extend(user.users)
-    return False
-
-
-def _is_random(node: Node) -> bool:
-    """Random numbers, or what is computed of them alone, such as a mask."""
-    while node.target is not torch.ops.prims.inductor_random.default and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.target is torch.ops.prims.inductor_random.default
-
-
-_VIEWS = (
-    operator.getitem,
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.prims.convert_element_type.default,
-)
-
-
 def _rows_hint(rows: Any) -> int:
     return max(size_hint(rows, fallback=4096), 1)
 
@@ -205,7 +175,7 @@ def lower_linear(
         int(rank),
         x.get_dtype().itemsize,
         exact=constants["PRECISION"] == "'ieee'",
-        random=_dropout_follows(V.graph.current_node),
+        epilogue=epilogue_weight(V.graph.current_node),
     )
     variants = []
     for launch in linear_launches(shape, gpu_of(device)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pixelfly_compiler
 from pixelfly_compiler.cli import main
 from pixelfly_compiler.errors import EmitError, OptionError
 from pixelfly_compiler.kernels import ops
+from pixelfly_compiler.kernels.codegen_gpu import Code
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu, gpu_of, why_no_kernels
 from pixelfly_compiler.kernels.heuristics_gpu import GradShape, LinearShape, block_grad_launches, linear_launches
 from pixelfly_compiler.kernels.projector import Projector
@@ -355,17 +358,72 @@ def test_fp32_and_few_rows(target: str) -> None:
         check_resources(binary, KNOWN[target])
 
 
+Layer = Callable[[Tensor], Tensor]
+gelu = nn.functional.gelu
+# Products and what follows them: the weights of their epilogues, forward and then backward, where the input needs none.
+EPILOGUES: dict[str, tuple[Callable[[Tensor, Layer], Tensor], list[float]]] = {
+    "gelu": (lambda x, layer: layer(gelu(layer(x))), [2.5, 1, 3]),  # the backward evaluates erf and exp again
+    "residual": (lambda x, layer: x + layer(x), [2]),
+    "cast": (lambda x, layer: layer(x).float(), [1]),
+    "norm": (lambda x, layer: layer(nn.functional.layer_norm(layer(x), (512,))), [1, 1, 1]),
+    "dropout": (lambda x, layer: nn.functional.dropout(gelu(layer(x)), 0.1), [5.5]),
+    "geglu": (lambda x, layer: layer(gelu(layer(x), approximate="tanh") * layer(x.flip(1))), [1, 3.5, 1, 4.5]),
+    "mish": (lambda x, layer: layer(nn.functional.mish(layer(x))), [3.5, 1, 4]),
+}
+HEAVY = ["dropout", "geglu", "mish"]
+
+
+def with_epilogue(name: str, dtype: torch.dtype, target: str) -> list[Code]:
+    """Training code of layers of 512 x 512 with blocks of 128, for 1024 rows."""
+    from emitted import generate
+
+    support = flat_butterfly(512, 512, 128, 1)
+    blocks = torch.randn(support.nnz, 128, 128, dtype=dtype, requires_grad=True)
+    u, v = torch.randn(512, 64, dtype=dtype, requires_grad=True), torch.randn(512, 64, dtype=dtype)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        return EPILOGUES[name][0](x, lambda x: torch.ops.pixelfly.linear(x, blocks, u, v, index, 512, False)[0])
+
+    return generate(function, [torch.randn(1024, 512, dtype=dtype), blocks, u, v, ops.support_index(support)], target)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_what_will_be_fused_is_foreseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelfly_compiler.kernels import lowering_gpu
+
+    weights: list[float] = []
+
+    def epilogue_weight(product: Any) -> float:
+        weights.append(found := original(product))
+        return found
+
+    original = lowering_gpu.epilogue_weight
+    monkeypatch.setattr(lowering_gpu, "epilogue_weight", epilogue_weight)
+    with_epilogue(name, torch.bfloat16, "cuda:90")
+    assert weights == EPILOGUES[name][1]
+
+
+@pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.target)
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_only_heavy_epilogues_make_tiles_narrower(gpu: Gpu, size: int) -> None:
+    shape = LinearShape(4096, 1024, 4096, size, size, 64, 2)
+    light, heavy = (linear_launches(replace(shape, epilogue=weight), gpu)[0] for weight in (3.5, 4.0))
+    assert light == linear_launches(shape, gpu)[0]
+    assert heavy.block_m * heavy.block_n * heavy.groups <= 32 * heavy.warps * gpu.warp
+
+
 @needs_triton
 @pytest.mark.parametrize("target", TENSOR_CORES)
-def test_dropout_in_the_epilogue_does_not_spill(target: str, tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Dropout(0.1)).bfloat16()
-    args = torch.randn(4096, 256, dtype=torch.bfloat16)
-    options = {"training": True, "force": True, "block_size": 128, "include": ["0.weight"]}
-    emission = pixelfly_compiler.emit(model, args, target=target, out_dir=tmp_path, **options)
-    for kernel in (kernel for kernel in emission.kernels if kernel.sites):
-        check_resources(kernel, KNOWN[target])
-        assert kernel.tensor_core.get(TENSOR_CORES[target])
-    assert any("dropout" in kernel.name for kernel in emission.kernels if kernel.sites)
+@pytest.mark.parametrize("name", HEAVY)
+def test_heavy_epilogues_do_not_spill(name: str, target: str) -> None:
+    from emitted import binaries
+
+    for code in with_epilogue(name, torch.bfloat16, target):
+        fused = {kernel: nodes for kernel, nodes in code.nodes.items() if re.search("dropout|gelu|mish", kernel)}
+        for binary in binaries(replace(code, nodes=fused), KNOWN[target]).values():
+            check_resources(binary, KNOWN[target])
+            assert binary.tensor_core.get(TENSOR_CORES[target])
 
 
 @needs_triton
