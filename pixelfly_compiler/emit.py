@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from pixelfly_compiler.backend import as_leaves, check_basis, inductor, own_copy, sparse_configs, weight_positions
+from pixelfly_compiler.backend import (
+    as_leaves,
+    check_basis,
+    dense_if_settled,
+    inductor,
+    own_copy,
+    sparse_configs,
+    weight_positions,
+)
 from pixelfly_compiler.capture import capture, run_once
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
@@ -37,6 +45,7 @@ from pixelfly_compiler.passes.sites import Site, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
+from pixelfly_compiler.sparsify import compact_plan
 
 log = logging.getLogger("pixelfly_compiler")
 
@@ -47,7 +56,7 @@ class EmittedKernel:
 
     `sites`: the weights that a kernel of ours serves; none for those that Inductor made of the rest of the model.
     `spills`: bytes of local memory per thread. `seconds`: predicted for one call of ours, its product with v or u
-    included; none for others, and where the plan lacks the site, as for compact models.
+    included; none for others, and for what `sparsify_` made compact: the plan that it followed may be for other rows.
     """
 
     name: str
@@ -117,9 +126,14 @@ def emit(
     folder = _emptied(Path(out_dir))
     weights = dict(model.named_parameters())
     found = capture(model, positional, kwargs, training=training)
+    compact = compact_plan(model)
+    if compact and not options:
+        found = dense_if_settled(found, set(weights))
     plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
     with torch.set_grad_enabled(training):
         check_basis(plan, [weights[site.parameter] for site in found.sites if plan[site.name].config])
+    if compact:
+        plan = replace(plan, entries=(*compact.sparse, *plan.entries), notes=compact.notes)
     emitter = _Emitter(model, gpu, plan, folder, {site.name: site for site in found.sites})
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run_once(model, positional, kwargs, emitter, grad=training)
@@ -235,7 +249,7 @@ class _Emitter:
 
     def _seconds(self, sites: tuple[str, ...]) -> float | None:
         entry = self.plan.find(sites[0]) if sites else None
-        if entry is None or entry.config is None:
+        if entry is None or entry.config is None or entry.name not in self.sites:
             return None
         return sparse_time(self.sites[entry.name], entry.config, gpu_device(self.gpu))
 

@@ -108,11 +108,15 @@ def densify_(model: nn.Module) -> nn.Module:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan that a model was made compact with, also through wrappers (torch.compile, DDP, AveragedModel)."""
-    for module in model.modules():
-        if _PLAN in vars(module):
-            plan: Plan = vars(module)[_PLAN]
-            return plan
-    raise CompactError("the model is not compact", next_step="sparsify_(model, args) makes it so")
+    plan = compact_plan(model)
+    if plan is None:
+        raise CompactError("the model is not compact", next_step="sparsify_(model, args) makes it so")
+    return plan
+
+
+def compact_plan(model: nn.Module) -> Plan | None:
+    """The same, None for a model that is not compact."""
+    return next((vars(module)[_PLAN] for module in model.modules() if _PLAN in vars(module)), None)
 
 
 def factors(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -132,11 +132,21 @@ def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
     model, args = mlp()
     pixelfly_compiler.sparsify_(model, args, force=True)
     emission = pixelfly_compiler.emit(model, args, out_dir=tmp_path, training=True)
+    assert emission.plan.sparse == pixelfly_compiler.plan_of(model).sparse
     ours = [kernel for kernel in emission.kernels if kernel.sites]
     served = {(kernel.graph, site) for kernel in ours for site in kernel.sites}
     assert served == {(graph, site) for graph in ("forward_0", "backward_1") for site in ("0.weight", "2.weight")}
     assert len(ours) == 5  # as with the one line
     assert not any("densify" in line for name in emission.wrappers for line in calls(tmp_path / name))
+
+
+@needs_triton
+def test_what_sparsify_left_dense_stays_dense(tmp_path: Path) -> None:
+    model, args = nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024)).bfloat16(), torch.randn(4096, 1024)
+    pixelfly_compiler.sparsify_(model, args.bfloat16(), force=True, exclude=["1.weight"])
+    emission = pixelfly_compiler.emit(model, args.bfloat16(), out_dir=tmp_path)
+    assert {site for kernel in emission.kernels for site in kernel.sites} == {"0.weight"}
+    assert "sparsify_ left it dense" in str(emission.plan["1.weight"].reason)
 
 
 class Assorted(nn.Module):
