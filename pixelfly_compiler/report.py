@@ -53,6 +53,11 @@ def render_emission(emission: Emission) -> str:
         f"{emission.target}: {len(emission.kernels)} kernels, {len(emission.wrappers)} graphs", highlight=False
     )
     console.print(result)
+    if not any(kernel.sites for kernel in emission.kernels):
+        console.print(
+            "Nothing is sparse, the plan says why. Where no sparse form is predicted faster, more rows "
+            "(a larger batch) may make one so; --force (force=True) makes sites sparse all the same."
+        )
     text = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
 

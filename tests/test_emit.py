@@ -188,6 +188,13 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert "triton_tem" in done.output and (tmp_path / "out" / "report.json").exists()
 
 
+@needs_triton
+def test_an_emission_without_anything_sparse_says_the_next_step(tmp_path: Path) -> None:
+    model, args = nn.Linear(512, 512).bfloat16(), torch.randn(8, 512).bfloat16()
+    assert "more rows" in str(pixelfly_compiler.emit(model, args, out_dir=tmp_path))
+    assert "more rows" not in str(pixelfly_compiler.emit(model, args, out_dir=tmp_path, force=True))
+
+
 # ---- what bad input gets ----
 
 
