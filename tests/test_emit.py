@@ -141,6 +141,15 @@ def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_is_emitted_also_where_gradients_are_off(mode: Any, tmp_path: Path) -> None:
+    model, args = nn.Linear(64, 64), torch.randn(64, 64)
+    with mode():
+        emission = pixelfly_compiler.emit(model, args, out_dir=tmp_path, training=True, force=True, block_size=16)
+    assert emission.wrappers == ("forward_0.py", "backward_1.py")
+
+
+@needs_triton
 def test_what_sparsify_left_dense_stays_dense(tmp_path: Path) -> None:
     model, args = nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024)).bfloat16(), torch.randn(4096, 1024)
     pixelfly_compiler.sparsify_(model, args.bfloat16(), force=True, exclude=["1.weight"])
