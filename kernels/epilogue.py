@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch._inductor import config
+from torch._inductor import config, inductor_prims
 from torch._inductor.utils import sympy_product
 from torch.fx import Graph, Node
 
@@ -23,7 +23,7 @@ from pixelfly_compiler.kernels.compat import size_hint
 _aten, _prims = torch.ops.aten, torch.ops.prims
 _VIEWS = (operator.getitem, _aten.view.default, _aten.reshape.default, _aten.expand.default)
 _FUNCTIONS = ("cos", "erf", "exp", "expm1", "log", "log1p", "pow", "sigmoid", "sin", "tanh")  # many registers each
-_RANDOM = _prims.inductor_random.default
+_RANDOM = inductor_prims.random
 
 
 def epilogue_weight(product: Node) -> float:
