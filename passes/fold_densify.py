@@ -12,7 +12,7 @@ Transposes of w are followed, and casts to another dtype, which then apply to bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,11 @@ def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -
 
     Returns how many.
     """
-    folded, scopes = 0, Scopes.of(gm)
-    for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
+    modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    folded, scopes, written = 0, Scopes.of(gm), _written(modules)
+    for module in modules:
         densified = [node for node in module.graph.nodes if node.target in DENSIFY]
-        found = [fold for node in densified for fold in _folds(module, node, scopes)]
+        found = [fold for node in densified for fold in _folds(module, node, scopes, written)]
         folds = {fold.match.node: fold for fold in found if _can_fold(fold.match, module, has_kernels)}
         for match in last_first(fold.match for fold in folds.values()):
             _replace(folds[match.node])
@@ -57,36 +58,33 @@ class _Fold:
     transposed: bool
 
 
-def _folds(module: GraphModule, densify: Node, scopes: Scopes) -> Iterator[_Fold]:
+def _folds(module: GraphModule, densify: Node, scopes: Scopes, written: Set[int]) -> Iterator[_Fold]:
     shape = densify.meta["example_value"].shape
     found = list(uses(module, densify, shape))
-    if _is_written_to([use.operand for use in found]):
+    if any(_memory(use.operand) in written for use in found):
         return
     for match in matmuls(found, densify.name, shape, scopes)[0]:
         if match.region is None and match.matrices is None:  # not of a part
             yield _Fold(match, densify, match.transposed)
 
 
-def _is_written_to(nodes: Sequence[Node]) -> bool:
-    """Does anything in the graphs of these write to one of them, through whatever view?
-
-    Not what runs a sub-graph: that is a graph of these itself.
-    """
-    memory = {_memory(node) for node in nodes} - {None}
-    graphs = {node.graph for node in nodes}
-    writing = [node for graph in graphs for node in graph.nodes if may_write(node)]
-    read = [source for node in writing if not _runs_a_graph(node) for source in node.all_input_nodes]
-    return any(_memory(source) in memory for source in read)
-
-
-def _runs_a_graph(node: Node) -> bool:
-    module = node.graph.owning_module
-    return module is not None and sub_graphs(module, node) is not None
+def _written(modules: Sequence[GraphModule]) -> set[int]:
+    """The memory that anything in these graphs may write to. What runs one of them does so there."""
+    writing = (
+        node
+        for module in modules
+        for node in module.graph.nodes
+        if may_write(node) and sub_graphs(module, node) is None
+    )
+    found = {_memory(source) for node in writing for source in node.all_input_nodes}
+    return {memory for memory in found if memory is not None}
 
 
 def _memory(node: Node) -> int | None:
     value = value_of(node)
-    return None if value is None else value.untyped_storage()._cdata
+    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)  # under a transform of torch.func
+    return value.untyped_storage()._cdata if value is not None and value.layout is torch.strided else None
 
 
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:

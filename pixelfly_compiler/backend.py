@@ -194,20 +194,21 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
-    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights)
+    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, key)
     if config.plan is None:
         for site in found.sites:
             _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
     return plan
 
 
-def _warn_of_other_uses(found: Found, configs: Collection[str], config: Config, weights: Mapping[str, Tensor]) -> None:
+def _warn_of_other_uses(
+    found: Found, configs: Collection[str], config: Config, weights: Mapping[str, Tensor], key: str
+) -> None:
     """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise."""
-    key = repr(config)
 
     def sparse(name: str) -> list[Entry]:
         if config.plan is not None:
-            return [entry for entry in config.plan.sparse if name in (entry.parameter, *entry.aliases)]
+            return [entry for entry in config.plan.of_parameter(name) if entry.config]
         return [entry for part, entry in _decided.of(weights[name]).items() if part.startswith(key) and entry.config]
 
     where = "an earlier graph" if config.plan is None else "the plan"

@@ -83,7 +83,7 @@ def capture(
     records = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))
-    named = _with_namesakes(named, [namesakes(gm, inputs, model) for gm, inputs in records])
+    named = _with_namesakes(named, namesakes(records, model))
     return _with_the_unseen(_with_unseen_lookups(named, model), model)
 
 
@@ -93,13 +93,13 @@ def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] |
     token = _records.set(records)
     try:
         run_once(model, args, kwargs, _recording_backend, grad=grad)
+        return records
     except Exception:  # whatever the model raises where it needs gradients; anything else it raises again
         if grad or not torch.is_grad_enabled():
             raise
-        return _recorded(model, args, kwargs, grad=True)
     finally:
         _records.reset(token)
-    return records
+    return _recorded(model, args, kwargs, grad=True)
 
 
 def run_once(
@@ -279,22 +279,15 @@ def _merge_sites(a: Site, b: Site) -> Site:
     )
 
 
-def _with_namesakes(found: Found, graphs: Sequence[Mapping[str, tuple[str, ...]]]) -> Found:
-    """`graphs`: for each, the weights that its code may run with, by each of their names."""
+def _with_namesakes(found: Found, places: Mapping[str, tuple[str, ...]]) -> Found:
+    """`places`: parameter name -> the weights that its code may run with, by any of their names."""
     first_names = {name: site.parameter for site in found.sites for name in (site.parameter, *site.aliases)}
-    places: dict[str, dict[str, None]] = {}
-    for names in (names for graph in graphs for names in graph.values()):
-        alike = dict.fromkeys(first_names[name] for name in names if name in first_names)
-        for name in alike:
-            places.setdefault(name, {}).update(alike)
-    sites = tuple(
-        replace(
-            site,
-            namesakes=tuple(name + site.label for name in places.get(site.parameter, ()) if name != site.parameter),
-        )
-        for site in found.sites
-    )
-    return replace(found, sites=sites)
+
+    def others(site: Site) -> tuple[str, ...]:
+        names = dict.fromkeys(first_names[name] for name in places.get(site.parameter, ()) if name in first_names)
+        return tuple(name + site.label for name in names if name != site.parameter)
+
+    return replace(found, sites=tuple(replace(site, namesakes=others(site)) for site in found.sites))
 
 
 def with_aliases(found: Found, names: Mapping[str, tuple[str, ...]]) -> Found:

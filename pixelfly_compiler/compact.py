@@ -67,33 +67,30 @@ class Form:
         return f"{self.config} {self.transposed} {self.dtype} {self.basis} {self.region}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     """A compact weight, and what tells whether its weight has changed since."""
 
     version: int | None
     data_ptr: int
+    shape: torch.Size
     sample: Tensor
     seen: Tensor  # a copy of the sample
+    now: list[memoryview]  # the sample as it lies in the weight's memory, to be read while `is_of` holds
+    then: list[memoryview]
     compact: Compact
 
     def is_of(self, weight: Tensor) -> bool:
         """Is the weight where it was, and written to by nothing that leaves a trace?"""
-        return self.version is not None and self.version == weight._version and self.data_ptr == weight.data_ptr()
+        if self.version is None or self.version != weight._version:
+            return False
+        return self.data_ptr == weight.data_ptr() and self.shape == weight.shape
 
     def has_changed(self) -> bool:
         """Is the sample, of a weight that lies where it did, other than it was? On a GPU `drop_changed` asks, for all
         weights at once.
         """
-        return self._now != self._then
-
-    @cached_property
-    def _now(self) -> list[memoryview]:
-        return _memory(self.sample)
-
-    @cached_property
-    def _then(self) -> list[memoryview]:
-        return _memory(self.seen)
+        return self.now != self.then
 
 
 class CompactWeights:
@@ -144,7 +141,9 @@ def _entry(weight: Tensor, form: Form) -> _Entry:
         version = None if weight.is_inference() or _is_gathered(weight) else weight._version
         matrix = _matrix(weight.detach(), form)
         sample = _sample(matrix)
-        return _Entry(version, weight.data_ptr(), sample, sample.clone(), _compact(matrix, form))
+        seen = sample.clone()
+        lines = _memory(sample), _memory(seen)
+        return _Entry(version, weight.data_ptr(), weight.shape, sample, seen, *lines, _compact(matrix, form))
 
 
 def _is_gathered(weight: Tensor) -> bool:
@@ -215,7 +214,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
-        ctx.form, ctx.matrix, ctx.compact = form, matrix.detach(), compact
+        ctx.form, ctx.matrix, ctx.shapes = form, matrix.detach(), (compact.blocks.shape, compact.u.shape)
         ctx.set_materialize_grads(False)
         return compact.blocks.detach(), compact.u.detach()
 
@@ -224,8 +223,10 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
         if all(gradient is None for gradient in gradients):  # no result depends on the weight
             return None, None, None
-        parts = zip(gradients, (ctx.compact.blocks, ctx.compact.u), strict=True)
-        g_blocks, g_u = (torch.zeros_like(part) if gradient is None else gradient for gradient, part in parts)
+        g_blocks, g_u = (
+            ctx.matrix.new_zeros(shape, dtype=ctx.form.dtype) if gradient is None else gradient
+            for gradient, shape in zip(gradients, ctx.shapes, strict=True)
+        )
         like = _oriented(ctx.matrix, ctx.form)
         return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None
 

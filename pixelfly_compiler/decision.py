@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,8 +14,6 @@ from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteEr
 from pixelfly_compiler.kernels.support import Support
 from pixelfly_compiler.passes.sites import Site, SiteConfig
 from pixelfly_compiler.passes.weights import Region, overlap
-
-log = logging.getLogger("pixelfly_compiler")
 
 VERSION = 2
 REPLAN = "make a plan for this model with pixelfly_compiler.plan(model, args)"
@@ -155,6 +152,18 @@ class Plan:
         decisions = {(entry.config, entry.transposed) for entry in same}
         return same[0] if len(decisions) == 1 else None
 
+    def of_parameter(self, name: str) -> Sequence[Entry]:
+        """The entries of a parameter, which has one for each of its parts that is a site."""
+        return self._by_parameter.get(name, ())
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, list[Entry]]:
+        entries: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            for name in (entry.parameter, *entry.aliases):
+                entries.setdefault(name, []).append(entry)
+        return entries
+
     def check(self, sites: Iterable[Site]) -> None:
         """Raise `PlanMismatchError` at the first site that the plan does not have, or has with another shape.
 
@@ -163,7 +172,6 @@ class Plan:
         for site in sites:
             entry = self.find(site.name, site.weight_shape) or self._by_name.get(site.name)
             if entry is None and self._leaves_dense(site):
-                log.warning("pixelfly: %s stays dense: the plan knows the weight, and not this part of it", site.name)
                 continue
             if entry is None:
                 raise PlanMismatchError("not in the plan", site=site.name, next_step=REPLAN)
@@ -184,9 +192,8 @@ class Plan:
 
     def _leaves_dense(self, site: Site) -> bool:
         """Does the plan know the weight of this site, and make nothing sparse that the site uses?"""
-        entries = [entry for entry in self.entries if site.parameter in (entry.parameter, *entry.aliases)]
-        of_site = [entry for entry in entries if entry.weight_shape == site.weight_shape]
-        return bool(of_site) and not any(entry.config and overlap(entry.box, site.box) for entry in of_site)
+        entries = [entry for entry in self.of_parameter(site.parameter) if entry.weight_shape == site.weight_shape]
+        return bool(entries) and not any(entry.config and overlap(entry.box, site.box) for entry in entries)
 
     # ---- totals ----
 

@@ -7,7 +7,7 @@ is on the stack while a graph is compiled, and knows its parameters by identity.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -67,32 +67,34 @@ def names_of(gm: GraphModule, example_inputs: Sequence[object], origin: Origin) 
     return parameter_names_by_identity(gm, example_inputs, origin.root)
 
 
-def namesakes(gm: GraphModule, inputs: Sequence[object], root: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Parameter name -> the weights that its code may run with, itself among them: code that Dynamo made of a submodule
-    serves all of its class. Those that no other weight can stand for are left out.
+def namesakes(graphs: Iterable[tuple[GraphModule, Sequence[object]]], root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Parameter name -> the weights that the code of these graphs may run with in its place, and itself: code that
+    Dynamo made of a submodule serves all of its class. Without those that no other weight can stand for.
     """
-    local, names = parameter_names(gm, inputs), parameter_names_by_identity(gm, inputs, root)
-    owners = {name: name.removesuffix(local[node]) for node, name in names.items()}
-    inner = {name: owner[:-1] for name, owner in owners.items() if owner.endswith(".")}  # not found in the root itself
-    if not inner:
-        return {}
     modules = {own_name(f"{path}.")[:-1]: module for path, module in root.named_modules()}
     shapes = {own_name(path): weight.shape for path, weight in root.named_parameters(remove_duplicate=False)}
-    found: dict[str, tuple[str, ...]] = {}
-    for name, owner in inner.items():
-        alike = (path for path, module in modules.items() if type(module) is type(modules[owner]))
-        places = (path + name.removeprefix(owner) for path in alike)
-        found[name] = tuple(place for place in places if shapes.get(place) == shapes[name])
-    return {name: places for name, places in found.items() if len(places) > 1}
+    by_class: dict[type, list[str]] = {}
+    for path, module in modules.items():
+        by_class.setdefault(type(module), []).append(path)
+    found: dict[str, dict[str, None]] = {}
+    for gm, inputs in graphs:
+        local = parameter_names(gm, inputs)
+        for node, name in parameter_names_by_identity(gm, inputs, root).items():
+            owner = name.removesuffix(f".{local[node]}")
+            if name in shapes and owner in modules:  # else it was found in the root itself, or is none of its own
+                places = (path + name.removeprefix(owner) for path in by_class[type(modules[owner])])
+                alike = (place for place in places if shapes.get(place) == shapes[name])
+                found.setdefault(name, {}).update(dict.fromkeys(alike))
+    return {name: tuple(places) for name, places in found.items() if len(places) > 1}
 
 
 def dense_if_shared(found: Found, gm: GraphModule, inputs: Sequence[object], origin: Origin, config: Config) -> Found:
     """What the user decides by name must be the same for all weights that the code of a submodule serves, or they stay
-    dense. (A plan that is made for the whole model makes it so.)
+    dense. `plan()` already decides alike for them.
     """
     if origin.root is None:
         return found
-    places = namesakes(gm, inputs, origin.root)
+    places = namesakes([(gm, inputs)], origin.root)
     sites = tuple(_dense_if_split(site, places.get(site.parameter, ()), config) for site in found.sites)
     return replace(found, sites=sites)
 

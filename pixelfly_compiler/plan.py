@@ -238,14 +238,18 @@ def _varied(sites: Sequence[Site], decisions: Decisions) -> Decisions:
     share code cannot differ.
     """
     varied: Decisions = {}
-    sparse = ((site, config) for site in sites if (config := decisions.get(site.name, (None, None))[0]) is not None)
-    for place, (site, config) in enumerate(sparse):
+    place = 0
+    for site in sites:
+        config = decisions.get(site.name, (None, None))[0]
+        if config is None:
+            continue
         if (twin := next((name for name in site.namesakes if name in varied), None)) is not None:
             varied[site.name] = varied[twin]
             continue
         others = max_strides(site.out_features, site.in_features, config.block)
         first = place * config.strides % others if config.strides else place % (others + 1)
         varied[site.name] = (replace(config, first=first), None)
+        place += 1
     return decisions | varied
 
 

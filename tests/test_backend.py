@@ -833,6 +833,21 @@ def test_nested_tensors_run_dense_and_the_plan_says_so(monkeypatch: pytest.Monke
     torch.testing.assert_close(torch.compile(model, backend="pixelfly", options=OPTIONS)(x), model(x))
 
 
+def test_a_loss_that_is_kept_holds_no_compact_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = nn.Linear(WIDTH, WIDTH), some_x()
+    ours = compiled(model)
+    loss = ours(x).sum()
+    (entry,) = backend._weights._of(model.weight).values()
+    blocks = weakref.ref(entry.compact.blocks)
+    del entry
+    loss.backward()
+    with torch.no_grad():
+        model.weight.mul_(2)
+    ours(x)
+    assert blocks() is None and loss.grad_fn is not None
+
+
 def test_a_weight_can_be_swapped_and_is_pickled_without_what_is_known_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
     model, x = nn.Linear(WIDTH, WIDTH), some_x()

@@ -85,6 +85,7 @@ MATMULS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
     "other side": (lambda x, w: x @ w, G),
     "from the left": (lambda x, w: w @ x.t(), X),
     "both orientations": (lambda x, w: (x @ w.t()) @ w, X),
+    "beside a write": (lambda x, w: F.linear(torch.vmap(lambda row: row.clone().mul_(2))(x), w), X),
     "cast back": (lambda x, w: F.linear(x.bfloat16(), w.bfloat16()).float(), X),
     "cast of the transpose": (lambda x, w: (x.bfloat16() @ w.t().to(torch.bfloat16)).float(), X),
 }
@@ -120,6 +121,7 @@ NOT_FOLDED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
     "into a tensor that is there": (into_another, 0, 1),
     "without gradients": (lambda x, w: F.linear(x, w.data), 0, 1),
     "written to": (lambda x, w: (w.mul_(2), F.linear(x, w))[1], 0, 1),
+    "written to by examples": (lambda x, w: (torch.vmap(lambda row: row.mul_(2))(w), F.linear(x, w))[1], 0, 1),
     "a view written to": (lambda x, w: (w.detach()[0].zero_(), F.linear(x, w))[1], 0, 1),
     "a cast written to": (lambda x, w: (v := w.bfloat16(), v.mul_(2), F.linear(x.bfloat16(), v).float())[2], 0, 1),
     "turned in place": (lambda x, w: (F.linear(x, w), w.t_())[0], 0, 1),

@@ -129,6 +129,14 @@ def test_varied_strides_take_smaller_blocks_rather_than_the_bare_diagonal() -> N
     assert only.config == SiteConfig(64, 0, 16), "there is nothing smaller to take"
 
 
+def test_strides_go_on_behind_sites_that_share_code() -> None:
+    twins = [site(1024, 1024, name=name, namesakes=("a", "b")) for name in "ab"]
+    made = planned(*twins, site(1024, 1024, name="c"), vary_strides=True)
+    a, b, c = (made[name].config for name in "abc")
+    assert a is not None and c is not None and a == b
+    assert (a.first, c.first) == (0, a.strides)
+
+
 @pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1024, 1024), (2304, 768)])
 @pytest.mark.parametrize("budget", [0.25, 0.5])
 def test_the_low_rank_share_is_a_quarter_to_a_third(shape: tuple[int, int], budget: float) -> None:
