@@ -88,11 +88,15 @@ def to_device(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphModu
 
 
 def _device(value: Any) -> Any:
-    return _GPU if value == torch.device("cpu") and isinstance(value, torch.device) else value
+    return _GPU if isinstance(value, torch.device) and value.type == "cpu" else value
 
 
 def _move_constant(node: Node, constant: Any) -> None:
-    """Constants with dimensions must be where the others are; numbers may stay on the CPU."""
+    """Constants with dimensions must be where the others are; numbers may stay on the CPU.
+
+    Of the operators only `lift_fresh_copy` takes a real tensor among fake ones, as Inductor runs them again; what it
+    gives is a fake one, which `device_put` may take.
+    """
     if not isinstance(constant, Tensor) or constant.dim() == 0:
         return
     with node.graph.inserting_after(node):

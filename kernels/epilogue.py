@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._inductor import config, inductor_prims
 from torch._inductor.utils import sympy_product
+from torch._inductor.virtualized import V
 from torch.fx import Graph, Node
 
 from pixelfly_compiler.kernels.compat import size_hint
@@ -56,20 +56,19 @@ def _weight(node: Node) -> float:
 def _costs_of_use(graph: Graph) -> dict[Node, set[Node]]:
     """Node -> what a kernel that uses its value reads from memory, draws and evaluates for that.
 
-    A value is in memory if no pointwise operation made it, or if several use it and it is computed from many.
+    A value is in memory if no pointwise operation made it, or if several use it and it is computed from many. Found
+    once for each graph of a compilation, and kept on what ends with it: a table here would keep every graph alive.
     """
-    if graph not in _known:
+    known: dict[Graph, dict[Node, set[Node]]] = vars(V.graph).setdefault("pixelfly_costs_of_use", {})
+    if graph not in known:
         found: dict[Node, set[Node]] = {}
         for node in graph.nodes:
             costs = _costs(node, found)
             in_place = _is_pointwise(node) or node.target is _aten.full.default
             lasts = len(node.users) > 1 and len(_read(costs)) > config.realize_reads_threshold
             found[node] = costs if in_place and not lasts else {node}
-        _known[graph] = found
-    return _known[graph]
-
-
-_known: WeakKeyDictionary[Graph, dict[Node, set[Node]]] = WeakKeyDictionary()
+        known[graph] = found
+    return known[graph]
 
 
 def _costs(node: Node, of_use: dict[Node, set[Node]]) -> set[Node]:

@@ -19,9 +19,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
+
+_aten = torch.ops.aten
 
 # Functions that remember facts of the current device. Those that a version of torch lacks are passed over.
 _CACHED = {
@@ -110,10 +112,37 @@ def _answers(gpu: Gpu) -> Iterator[tuple[Any, str, Any]]:
     yield triton_helpers, "set_driver_to_gpu", lambda: None
 
 
-def _getitem(self: FakeTensor, index: Any) -> FakeTensor:
-    with in_kernel_invocation_manager(self.fake_mode):
-        found = Tensor.__getitem__(self, index)
-    return FakeTensor(self.fake_mode, found, self.device)
+def _getitem(self: FakeTensor, index: Any) -> Tensor:
+    """`self[index]` by operators: they do not switch to the device, and `make_fx` and autograd see them."""
+    if self.device.type == "cpu":
+        return Tensor.__getitem__(self, index)
+    items = index if isinstance(index, tuple) else (index,)
+    value: Tensor = self
+    dim = 0
+    found: list[Tensor | None] = []  # an index for each dimension so far, a mask for several, None for all of it
+    for place, item in enumerate(items):
+        if item is Ellipsis:
+            rest = value.dim() - dim - sum(map(_dims_of_index, items[place + 1 :]))
+            dim, found = dim + rest, found + [None] * rest
+        elif isinstance(item, slice):
+            value = _aten.slice.Tensor(value, dim, item.start, item.stop, 1 if item.step is None else item.step)
+            dim, found = dim + 1, [*found, None]
+        elif item is None or isinstance(item, bool):
+            value = _aten.unsqueeze.default(value, dim)
+            dim, found = dim + 1, [*found, None if item is None else torch.zeros(int(item), dtype=torch.int64)]
+        elif isinstance(item, int | torch.SymInt):
+            value = _aten.select.int(value, dim, item)
+        else:
+            dim, found = dim + _dims_of_index(item), [*found, torch.as_tensor(item)]
+    return value if all(item is None for item in found) else _aten.index.Tensor(value, found)
+
+
+def _dims_of_index(item: Any) -> int:
+    """Dimensions of the tensor that an item of an index is about."""
+    if item is None or isinstance(item, bool):
+        return 0
+    tensor = None if isinstance(item, slice | int | torch.SymInt) else torch.as_tensor(item)
+    return tensor.dim() if tensor is not None and tensor.dtype in (torch.bool, torch.uint8) else 1
 
 
 # Python's own methods, unlike operators, switch to the device of a tensor first, also if the tensor is fake.

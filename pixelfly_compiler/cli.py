@@ -107,7 +107,7 @@ def calibrate() -> None:
 
 @contextmanager
 def _progress() -> Iterator[None]:
-    """What takes a while says how far it is."""
+    """Show the progress that is logged: by `emit` alone, graph by graph, as it compiles every kernel for the target."""
     logging.basicConfig(format="%(message)s")
     log = logging.getLogger("pixelfly_compiler")
     before = log.level

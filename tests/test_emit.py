@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,12 +240,8 @@ def test_a_basis_of_trained_weights_is_refused_in_training(tmp_path: Path) -> No
 def test_what_was_emitted_before_is_replaced(tmp_path: Path) -> None:
     report = {"wrappers": ["backward_1.py"], "kernels": [{"files": ["kernels/old.cubin"]}]}
     (tmp_path / "kernels").mkdir()
-    for name, text in {
-        "report.json": json.dumps(report),
-        "backward_1.py": "",
-        "kernels/old.cubin": "",
-        "own": "",
-    }.items():
+    files = {"report.json": json.dumps(report), "backward_1.py": "", "kernels/old.cubin": "", "own": ""}
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
     pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"kernels", "report.json", "forward_0.py", "own"}
@@ -313,6 +311,55 @@ def test_nothing_remains_after_an_error() -> None:
         assert torch.cuda.get_device_capability() == (8, 0)
         raise ZeroDivisionError
     assert snapshot() == before
+
+
+@needs_triton
+def test_compiled_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelfly_compiler.kernels import lowering_gpu
+
+    graphs: list[weakref.ref[torch.fx.Graph]] = []
+
+    def epilogue_weight(product: Any) -> float:
+        graphs.append(weakref.ref(product.graph))
+        return original(product)
+
+    original = lowering_gpu.epilogue_weight
+    monkeypatch.setattr(lowering_gpu, "epilogue_weight", epilogue_weight)
+    with_epilogue("cast", torch.bfloat16, "cuda:90")
+    torch._dynamo.reset()
+    gc.collect()
+    assert graphs and not any(graph() for graph in graphs)
+
+
+INDICES: list[Any] = [
+    (slice(1, None), slice(None, 2)),
+    (..., slice(None, None, 2)),
+    (-1, None, ..., 0),
+    (slice(None), torch.tensor([2, 0])),
+    (..., [1, 0]),
+    (torch.tensor([1, 0]), None, slice(1)),
+    (..., torch.tensor([[True, False, True, False]] * 3)),
+    (None, True, 1),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("index", INDICES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_an_index_is_traced_on_the_virtual_device(device: str, index: Any) -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def function(x: Tensor) -> Tensor:
+        return (x + 1)[index] * 2
+
+    with virtual_device(KNOWN["cuda:90"]), FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        traced = make_fx(function)(torch.empty(2, 3, 4, device=device))
+    (add,) = (node for node in traced.graph.nodes if node.target is torch.ops.aten.add.Tensor)
+    assert add.users
+    x = torch.randn(2, 3, 4)
+    assert torch.equal(traced(x), function(x))
 
 
 def snapshot() -> dict[str, Any]:
