@@ -43,7 +43,7 @@ from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
 from pixelfly_compiler.passes.sites import Site, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import parameter_names_by_identity
+from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.sparsify import compact_plan
 
@@ -123,17 +123,22 @@ def emit(
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
     model = getattr(model, "_orig_mod", model)
     _check(model, (positional, kwargs))
-    folder = _emptied(Path(out_dir))
-    weights = dict(model.named_parameters())
+    folder = Path(out_dir)
+    (folder / "kernels").mkdir(parents=True, exist_ok=True)
+    earlier = _written_before(folder)
+    weights = {own_name(name): parameter for name, parameter in model.named_parameters()}
     found = capture(model, positional, kwargs, training=training)
     compact = compact_plan(model)
     if compact and not options:
         found = dense_if_settled(found, set(weights))
     plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
     with torch.set_grad_enabled(training):
-        check_basis(plan, [weights[site.parameter] for site in found.sites if plan[site.name].config])
+        configs = sparse_configs(found, plan)
+        check_basis(plan, [weights[site.parameter] for site in found.sites if site.name in configs])
     if compact:
-        plan = replace(plan, entries=(*compact.sparse, *plan.entries), notes=compact.notes)
+        plan = _with_compact(plan, compact, anew=bool(options))
+    for path in earlier:
+        path.unlink(missing_ok=True)
     emitter = _Emitter(model, gpu, plan, folder, {site.name: site for site in found.sites})
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         run_once(model, positional, kwargs, emitter, grad=training)
@@ -165,19 +170,28 @@ def _check(model: Any, inputs: Any) -> None:
             )
 
 
-def _emptied(folder: Path) -> Path:
-    """The folder, without what an earlier emission says that it wrote there."""
-    (folder / "kernels").mkdir(parents=True, exist_ok=True)
+def _written_before(folder: Path) -> list[Path]:
+    """What an earlier emission says that it wrote to the folder."""
     report = folder / "report.json"
-    if report.exists():
-        try:
-            written = json.loads(report.read_text())
-            names = [*written["wrappers"], *(file for kernel in written["kernels"] for file in kernel["files"])]
-        except (ValueError, KeyError, TypeError) as cause:
-            raise EmitError(f"{report} is not what emit wrote", next_step="choose another folder") from cause
-        for name in (*names, report.name):
-            (folder / name).unlink(missing_ok=True)
-    return folder
+    if not report.exists():
+        return []
+    try:
+        written = json.loads(report.read_text())
+        names = [*written["wrappers"], *(file for kernel in written["kernels"] for file in kernel["files"])]
+        paths = [folder / name for name in names]
+        if not all(path.resolve().is_relative_to(folder.resolve()) for path in paths):
+            raise ValueError("it names files outside of its folder")
+    except (ValueError, KeyError, TypeError) as cause:
+        raise EmitError(f"{report} is not what emit wrote", next_step="choose another folder") from cause
+    return [*paths, report]
+
+
+def _with_compact(plan: Plan, compact: Plan, anew: bool) -> Plan:
+    """The plan that a compact model was made with, then what was found in it now. `anew`: with options of its own."""
+    entries = (*compact.sparse, *plan.entries)
+    if anew:
+        return replace(plan, entries=entries, notes=(*compact.notes, *plan.notes))
+    return replace(compact, entries=entries, training=plan.training)
 
 
 class _Emitter:

@@ -143,6 +143,24 @@ def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
 
 
 @needs_triton
+def test_the_report_of_a_compact_model_has_its_budget(tmp_path: Path) -> None:
+    model, args = mlp()
+    pixelfly_compiler.sparsify_(model, args, force=True, budget=0.1)
+    own = pixelfly_compiler.plan_of(model)
+    plan = pixelfly_compiler.emit(model, args, out_dir=tmp_path).plan
+    assert replace(plan, entries=plan.sparse) == replace(own, training=False)
+    plan = pixelfly_compiler.emit(model, args, out_dir=tmp_path, budget=0.5).plan
+    assert (plan.budget, plan.sparse) == (0.5, own.sparse) and set(own.notes) <= set(plan.notes)
+
+
+@needs_triton
+def test_a_submodule_may_be_compiled_already(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), torch.compile(nn.Linear(64, 64)))
+    emission = pixelfly_compiler.emit(model, torch.randn(64, 64), out_dir=tmp_path, force=True, block_size=16)
+    assert {site for kernel in emission.kernels for site in kernel.sites} == {"0.weight", "1.weight"}
+
+
+@needs_triton
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_training_is_emitted_also_where_gradients_are_off(mode: Any, tmp_path: Path) -> None:
     model, args = nn.Linear(64, 64), torch.randn(64, 64)
@@ -246,6 +264,27 @@ def test_what_was_emitted_before_is_replaced(tmp_path: Path) -> None:
     pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"kernels", "report.json", "forward_0.py", "own"}
     assert not (tmp_path / "kernels" / "old.cubin").exists()
+
+
+@needs_triton
+def test_what_was_emitted_before_outlives_a_failure(tmp_path: Path) -> None:
+    pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
+    with pytest.raises(OptionError, match="'svd'"):
+        pixelfly_compiler.emit(*mlp(), out_dir=tmp_path, basis="svd", force=True, training=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"kernels", "report.json", "forward_0.py"}
+
+
+@needs_triton
+@pytest.mark.parametrize("file", ["../own", "{folder}/own", "kernels/../../own"])
+def test_only_what_is_in_the_folder_is_removed(file: str, tmp_path: Path) -> None:
+    file = file.format(folder=tmp_path)
+    report, own = tmp_path / "out" / "report.json", tmp_path / "own"
+    own.touch()
+    report.parent.mkdir()
+    report.write_text(json.dumps({"wrappers": [], "kernels": [{"files": [file]}]}))
+    with pytest.raises(EmitError, match="is not what emit wrote"):
+        pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=report.parent)
+    assert own.exists() and report.exists()
 
 
 @needs_triton
