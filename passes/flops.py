@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.weights import (
     SubGraphs,
     called,
     is_call,
+    is_tagged,
     may_write,
     only_looks,
     placeholders,
@@ -27,14 +29,18 @@ from pixelfly_compiler.passes.weights import (
     value_of,
 )
 
+Hidden = Mapping[Node, tuple[Any, ...]]  # `Scopes.hidden`
 
-def other_flops(gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node]) -> dict[Node, int]:
+
+def other_flops(
+    gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node], hidden: Hidden
+) -> dict[Node, int]:
     """Weight -> flops of the operations with it, or with what is computed from weights alone, that no match covers.
 
     `weights` are all parameters and buffers; those that are True (not biases) are the ones to put the flops to.
     """
     flops = {weight: 0 for weight, counts in weights.items() if counts}
-    _add_flops(gm, {weight: weight if counts else None for weight, counts in weights.items()}, matched, flops)
+    _add_flops(gm, {weight: weight if counts else None for weight, counts in weights.items()}, matched, hidden, flops)
     return flops
 
 
@@ -42,6 +48,7 @@ def _add_flops(
     module: GraphModule,
     origins: dict[Node, Node | None],
     matched: Collection[Node],
+    hidden: Hidden,
     flops: dict[Node, int],
     times: int = 1,
 ) -> None:
@@ -55,21 +62,22 @@ def _add_flops(
         if node.op == "output" or not (sources or (not inputs and _is_constant(node))):
             continue
         origin = next((source for source in sources if source is not None), None)
-        if len(sources) == len(inputs):
+        is_data = len(sources) < len(inputs) or (constants.issuperset(inputs) and _is_random(node))
+        if not is_data:
             if constants.issuperset(inputs):
                 constants.add(node)
             uses_weight = node in matched or is_call(node, (F.embedding, torch.embedding))
             if not uses_weight or constants.isdisjoint(inputs):
                 origins[node] = origin
-        elif may_write(node):
+        elif may_write(node) and not isinstance(node.target, HigherOrderOperator):
             _forget(node.kwargs.get("out", next(iter(node.args), None)), origins)
         if (inside := _bodies(module, node)) is not None:
             for body in inside.bodies:
                 known = zip(placeholders(body), inside.operands, strict=False)
                 within = {inner: origins[of] for inner, of in known if isinstance(of, Node) and of in origins}
-                _add_flops(body, within, matched, flops, times * inside.times)
+                _add_flops(body, within, matched, hidden, flops, times * inside.times)
         elif node not in matched and origin is not None:
-            flops[origin] += times * flops_of(node)
+            flops[origin] += times * flops_of(node, hidden)
 
 
 def _read(node: Node) -> list[Node]:
@@ -89,13 +97,35 @@ def _has_numbers(node: Node) -> bool:
 
 def _is_constant(node: Node) -> bool:
     """Is this tensor, made of no other, the same in each call: zeros, a range, a mask?"""
-    return node.op != "placeholder" and value_of(node) is not None and not called(node).startswith("rand")
+    return node.op != "placeholder" and value_of(node) is not None and not _is_random(node)
+
+
+def _is_random(node: Node) -> bool:
+    """Are its numbers others in each call: drawn, or what was in memory before?"""
+    return "empty" in called(node) or is_tagged(node, torch.Tag.nondeterministic_seeded)
 
 
 def _forget(written: object, origins: dict[Node, Node | None]) -> None:
     """A tensor that data is written to, and what it is a view of, are data from then on."""
-    while isinstance(written, Node) and written.op.startswith("call") and origins.pop(written, written) is not written:
-        written = next(iter(written.all_input_nodes), None)
+    memory = _memory(written)
+    while isinstance(written, Node) and written.op.startswith("call"):
+        origins.pop(written, None)
+        written = next((source for source in written.all_input_nodes[:1] if memory & _memory(source)), None)
+
+
+def _memory(node: object) -> set[int]:
+    """The storages of the tensors that a node computes, as far as they have one."""
+    leaves = tree_leaves(node.meta.get("example_value")) if isinstance(node, Node) else []
+    return {storage for leaf in leaves if isinstance(leaf, torch.Tensor) for storage in _storage(leaf)}
+
+
+def _storage(value: torch.Tensor) -> tuple[int, ...]:
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    try:
+        return (value.untyped_storage()._cdata,)
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return ()
 
 
 def _bodies(module: GraphModule, node: Node) -> SubGraphs | None:
@@ -105,7 +135,7 @@ def _bodies(module: GraphModule, node: Node) -> SubGraphs | None:
     return sub_graphs(module, node)
 
 
-def flops_of(node: Node) -> int:
+def flops_of(node: Node, hidden: Hidden) -> int:
     """What torch's counter says of one node, for the sizes seen while tracing and all examples of a `vmap`. Attention
     has no weight, whatever is in the place of its queries.
     """
@@ -120,25 +150,7 @@ def flops_of(node: Node) -> int:
             function(*args, **kwargs)
     except Exception:  # it depends on data, or cannot run without
         return 0
-    return int(counter.get_total_flops()) * math.prod(map(hint, examples(node)))
-
-
-def examples(node: Node) -> list[Any]:
-    """The sizes, which may be symbolic, of the dimensions that `torch.vmap` hides in what a node computes."""
-    if not node.graph.find_nodes(op="call_function", target=_add_batch_dim):
-        return []
-    hidden: dict[Node, dict[Any, Any]] = {}  # of each node: level of the vmap -> size
-    for other in node.graph.nodes:
-        sizes = {level: size for source in other.all_input_nodes for level, size in hidden[source].items()}
-        if other.target is _add_batch_dim:
-            x, dim, level = other.args
-            sizes[level] = x.meta["example_value"].shape[dim]
-        elif other.target is _remove_batch_dim:
-            sizes.pop(other.args[1], None)
-        hidden[other] = sizes
-        if other is node:
-            break
-    return list(hidden[node].values())
+    return int(counter.get_total_flops()) * math.prod(map(hint, hidden.get(node, ())))
 
 
 def _without_data(node: Node) -> Any:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
-from pixelfly_compiler.passes.flops import examples, flops_of, hint, other_flops
+from pixelfly_compiler.passes.flops import Hidden, flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.weights import (
@@ -181,7 +181,7 @@ class Found:
 # ---- one matmul ----
 
 
-def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
+def _match(use: Use, name: str, shape: Sequence[int], hidden: Hidden) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
     operands, out = operands_of(use.user, use.operand), value_of(use.user)
     if operands is None or out is None or out.is_nested:
@@ -197,7 +197,7 @@ def _match(use: Use, name: str, shape: Sequence[int]) -> Match | None:
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
-    sizes = (*examples(use.user), *out.shape)
+    sizes = (*hidden.get(use.user, ()), *out.shape)
     return Match(
         site=name + region.label(shape),
         parameter=name,
@@ -230,7 +230,7 @@ def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes
     others: list[Use] = []
     for use in uses:
         possible = times[use.user] == 1 and use.user not in scopes.differentiated and not _is_reshaped(use, scopes)
-        match = _match(use, name, shape) if possible and use.reaches(scopes.without_gradients) else None
+        match = _match(use, name, shape, scopes.hidden) if possible and use.reaches(scopes.without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
@@ -307,13 +307,13 @@ def _is_lookup(use: Use) -> bool:
     return is_call(user, (F.embedding_bag,)) and use.operand is not user.kwargs.get("per_sample_weights")
 
 
+_ADDING = (torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm)
+
+
 def _is_term(use: Use) -> bool:
     """Is the weight what `addmm` and its like add to the product?"""
     known = is_call(use.user, _ADDING, *(function.__name__ for function in _ADDING))
     return known and (use.user.args[:1] == (use.operand,) or use.user.kwargs.get("input") is use.operand)
-
-
-_ADDING = (torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm)
 
 
 def _reads_nothing(use: Use) -> bool:
@@ -412,8 +412,8 @@ class _Weight:
         box = first.box(self.shape)
         for use in self.others:
             if overlap(box, _box(use.region, self.shape)):
-                hint = self._hint(use)
-                return f"the weight is also used by {_describe(use.user)}" + (f", {hint}" if hint else "")
+                why = self._hint(use)
+                return f"the weight is also used by {_describe(use.user)}" + (f", {why}" if why else "")
         if not first.is_box(self.shape):
             return "a part of the weight with gaps"
         if any(match.transposed != matches[0].transposed for match in matches):
@@ -439,10 +439,14 @@ class _Weight:
         if not self.others:
             return "an embedding lookup, not a matmul"
         use = self.others[0]
-        hint = self._hint(use)
-        if hint is None:
-            hint = _COMPUTED if multiplies and not flops_of(use.user) else "not by a matmul pixelfly knows"
-        return f"used by {_describe(use.user)}, {hint}"
+        why = self._hint(use)
+        if why is None:
+            why = (
+                _COMPUTED
+                if multiplies and not flops_of(use.user, self.scopes.hidden)
+                else "not by a matmul pixelfly knows"
+            )
+        return f"used by {_describe(use.user)}, {why}"
 
     def _hint(self, use: Use) -> str | None:
         """Why this use is no matmul that may become sparse; None if there is nothing that a user could change."""
@@ -524,7 +528,9 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     _settle_products_of_two(weights.values())
     matches = [match for weight in weights.values() for match in weight.matches]
     stored = [*parameters, *_buffers(gm, example_inputs)]
-    flops = other_flops(gm, {node: node in weights for node in stored}, {match.node for match in matches})
+    flops = other_flops(
+        gm, {node: node in weights for node in stored}, {match.node for match in matches}, scopes.hidden
+    )
     sites = [site for node, weight in weights.items() for site in weight.sites(flops[node])]
     nodes = {site.name: [match.node for match in matches if match.site == site.name] for site in sites}
     roles = assign_roles(gm, [(site.name, site.weight_shape, nodes[site.name]) for site in sites])

@@ -13,12 +13,13 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
@@ -248,20 +249,23 @@ class Use:
 
 @dataclass(frozen=True)
 class Scopes:
-    """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, and nodes whose tensor gets
-    another shape in place; also in sub-graphs.
+    """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, nodes whose tensor gets another
+    shape in place, and, for nodes under `torch.vmap`, the sizes, which may be symbolic, of the dimensions it hides;
+    also in sub-graphs.
     """
 
     without_gradients: frozenset[Node] = frozenset()
     differentiated: frozenset[Node] = frozenset()
     reshaped: frozenset[Node] = frozenset()
+    hidden: Mapping[Node, tuple[Any, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(gm: GraphModule) -> Scopes:
         modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
         frozen = [node for module in modules for node in _nodes_without_gradients(module)]
         differentiated = [node for module in modules for node in _differentiated_nodes(module)]
-        return Scopes(frozenset(frozen), frozenset(differentiated), reshaped_in_place(gm))
+        hidden = {node: sizes for module in modules for node, sizes in _hidden_by_vmap(module)}
+        return Scopes(frozenset(frozen), frozenset(differentiated), reshaped_in_place(gm), hidden)
 
 
 def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
@@ -285,6 +289,23 @@ def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
             yield node
 
 
+def _hidden_by_vmap(module: GraphModule) -> Iterator[tuple[Node, tuple[Any, ...]]]:
+    """Each node with the sizes of the dimensions that `torch.vmap` hides in what it computes."""
+    if not module.graph.find_nodes(op="call_function", target=_add_batch_dim):
+        return
+    hidden: dict[Node, dict[Any, Any]] = {}  # of each node: level of the vmap -> size
+    for node in module.graph.nodes:
+        sizes = {level: size for source in node.all_input_nodes for level, size in hidden[source].items()}
+        if node.target is _add_batch_dim:
+            x, dim, level = node.args
+            sizes[level] = x.meta["example_value"].shape[dim]
+        elif node.target is _remove_batch_dim:
+            sizes.pop(node.args[1], None)
+        hidden[node] = sizes
+        if sizes:
+            yield node, tuple(sizes.values())
+
+
 def reshaped_in_place(gm: GraphModule) -> frozenset[Node]:
     """The nodes, also in sub-graphs, whose tensor gets another shape, or other strides, in place somewhere.
 
@@ -298,10 +319,16 @@ def reshaped_in_place(gm: GraphModule) -> frozenset[Node]:
 def _reshapes_in_place(node: Node) -> bool:
     """`t_`, `squeeze_`, `resize_`: torch has a mark for them. It is on `detach_` too, which keeps the shape."""
     name = called(node)
-    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") and name != "detach_" else None
-    if not isinstance(packet, OpOverloadPacket) or not node.all_input_nodes:
+    in_place = name.endswith("_") and name != "detach_" and bool(node.all_input_nodes)
+    return in_place and is_tagged(node, torch.Tag.inplace_view)
+
+
+def is_tagged(node: Node, tag: torch.Tag) -> bool:
+    """Has aten's operator of the name that the node calls, or one of its overloads, this mark?"""
+    packet = getattr(torch.ops.aten, called(node), None)
+    if not isinstance(packet, OpOverloadPacket):
         return False
-    return any(torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads())
+    return any(tag in getattr(packet, overload).tags for overload in packet.overloads())
 
 
 def value_of(node: object) -> Tensor | None:
@@ -461,7 +488,8 @@ def _repeated_on(user: Node, node: Node, view: Tensor) -> Any:
             result = function(*args, **kwargs)  # type: ignore[misc]
     except Exception:  # no view, whatever it is
         return None
-    return None if result is own else result  # a cast: of the node, but not of the view, it is to another type
+    # A cast that returns its input: the node has been cast before, the view, of the parameter's type, has not.
+    return None if result is own else result
 
 
 def _is_repeated(user: Node, node: Node) -> bool:

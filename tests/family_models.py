@@ -219,10 +219,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "pp_ocrv5_mobile_rec": {"pixel_values": floats(2, 3, 96, 128)},
     "seggpt": {name: floats(2, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
     "speech-encoder-decoder": {"input_values": floats(2, 8000)},
-    "timesfm": {
-        "past_values_padding": zeros(2, 512),
-        "freq": zeros(2, 1),
-    },
+    "timesfm": {"past_values_padding": zeros(2, 512), "freq": zeros(2, 1)},
     "tvp": {"input_ids": integers(3, 30, 1, 12), "pixel_values": floats(1, 2, 3, 64, 64)},
 }
 

@@ -555,6 +555,24 @@ def test_frozen_weights_get_no_gradient_and_pass_it_on() -> None:
     assert_equal(inputs[0].grad, inputs[1].grad)
 
 
+def test_a_weight_that_no_result_depends_on_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of zeros, with which an optimizer would decay it."""
+
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.used(x), self.unused(x).detach()
+
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model = Unused()
+    result, _ = torch.compile(model, backend="pixelfly", options={"budget": 0.5, "force": True})(torch.randn(8, 64))
+    result.sum().backward()
+    assert model.used.weight.grad is not None and model.unused.weight.grad is None
+
+
 def test_a_tied_head_is_projected_and_the_lookup_is_not() -> None:
     model = Tied()
     made, run = planned(model, IDS), compiled(model)
@@ -957,22 +975,3 @@ def test_dynamos_own_graph_is_left_alone() -> None:
 
 def test_the_public_names_are_there() -> None:
     assert all(hasattr(pixelfly_compiler, name) for name in pixelfly_compiler.__all__)
-
-
-def test_a_weight_that_no_result_depends_on_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not one of zeros, with which an optimizer would decay it."""
-
-    class Unused(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = nn.Linear(64, 64), nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.used(x), self.unused(x).detach()
-
-    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
-    model = Unused()
-    torch.compile(model, backend="pixelfly", options={"budget": 0.5, "force": True})(torch.randn(8, 64))[
-        0
-    ].sum().backward()
-    assert model.used.weight.grad is not None and model.unused.weight.grad is None

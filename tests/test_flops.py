@@ -110,9 +110,64 @@ def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> No
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
 
 
+RANDOM: dict[str, Callable[[], Tensor]] = {
+    "normal": lambda: torch.normal(0.0, 1.0, (8, 64)),
+    "bernoulli": lambda: torch.bernoulli(torch.full((8, 64), 0.5)),
+    "dropout": lambda: F.dropout(torch.ones(8, 64)),
+    "in place": lambda: torch.zeros(8, 64).uniform_(),
+    "in place, of a view": lambda: noise_below(torch.zeros(8, 64)),
+    "rand_like": lambda: torch.rand_like(torch.ones(8, 64)),
+    "empty": lambda: torch.empty(8, 64),
+    "new_empty": lambda: torch.ones(4).new_empty(8, 64),
+}
+
+
+def noise_below(rows: Tensor) -> Tensor:
+    rows[4:].normal_()
+    return rows
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_random_numbers_are_no_weight(kind: str) -> None:
+    def attended(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w) @ (RANDOM[kind]() + w[:8]).T
+
+    made, counted = planned(attended, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
+
+
+def test_a_weight_with_dropout_is_one() -> None:
+    made, counted = planned(lambda x, w: x @ F.dropout(w), torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == counted == 2 * 8 * 64 * 64
+
+
+def written_to_what_is_no_view(x: Tensor, w: Tensor) -> Tensor:
+    a = w.exp()
+    b = a * 2
+    b.add_(x.mean(0))
+    return x @ a + b.sum()
+
+
+def asked_by_a_branch(x: Tensor, w: Tensor) -> Tensor:
+    a = w.exp()
+    return torch.cond(a.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (x,)) @ a
+
+
+@pytest.mark.parametrize("function", [written_to_what_is_no_view, asked_by_a_branch])
+def test_what_nothing_is_written_to_stays_a_weight(function: Function) -> None:
+    made, _ = planned(function, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == 2 * 8 * 64 * 64
+
+
 def scattered(x: Tensor, w: Tensor) -> Tensor:
     rows = torch.zeros(16, 64)
     rows[4:][:8] = x
+    return F.linear(rows, w)
+
+
+def scattered_in_chunks(x: Tensor, w: Tensor) -> Tensor:
+    rows = torch.zeros(16, 64)
+    rows.chunk(2)[1].add_(x)
     return F.linear(rows, w)
 
 
@@ -122,7 +177,7 @@ def given_out(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(rows, w)
 
 
-@pytest.mark.parametrize("write", [scattered, given_out])
+@pytest.mark.parametrize("write", [scattered, scattered_in_chunks, given_out])
 def test_a_tensor_that_data_is_written_to_is_no_constant(write: Function) -> None:
     def attended(x: Tensor, w: Tensor) -> Tensor:
         y = F.silu(write(x, w))

@@ -458,6 +458,16 @@ def test_a_weight_on_a_gpu_that_is_written_to_without_a_trace(monkeypatch: pytes
         assert torch.equal(first[0], inputs(args)[0]) and Elsewhere.reads <= 3
 
 
+@torch.library.custom_op("pixelfly_tests::flat", mutates_args=())
+def flat(y: Tensor) -> Tensor:
+    return y.view(-1).clone()
+
+
+@flat.register_fake
+def _(y: Tensor) -> Tensor:
+    return y.new_empty(y.numel())
+
+
 VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "from the left": (lambda x, w, b: (w @ x.mT).view(-1), (48, 32)),
     "one matrix on the left": (lambda x, w, b: (w @ x.mT).relu().view(2, -1), (1, 48, 32)),
@@ -482,16 +492,6 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "after another matmul": (lambda x, w, b: F.layer_norm((w @ x.mT).mT, (48,)).view(-1), (48, 32)),
     "as a sum": (lambda x, w, b: (w @ x.mT).exp().sum(), (48, 32)),
 }
-
-
-@torch.library.custom_op("pixelfly_tests::flat", mutates_args=())
-def flat(y: Tensor) -> Tensor:
-    return y.view(-1).clone()
-
-
-@flat.register_fake
-def _(y: Tensor) -> Tensor:
-    return y.new_empty(y.numel())
 
 
 def doubled(y: Tensor, view: Tensor) -> Tensor:
