@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.weights import (
     SubGraphs,
@@ -23,6 +22,7 @@ from pixelfly_compiler.passes.weights import (
     is_call,
     is_tagged,
     may_write,
+    memory_of,
     only_looks,
     placeholders,
     sub_graphs,
@@ -107,25 +107,10 @@ def _is_random(node: Node) -> bool:
 
 def _forget(written: object, origins: dict[Node, Node | None]) -> None:
     """A tensor that data is written to, and what it is a view of, are data from then on."""
-    memory = _memory(written)
+    memory = memory_of(written)
     while isinstance(written, Node) and written.op.startswith("call"):
         origins.pop(written, None)
-        written = next((source for source in written.all_input_nodes[:1] if memory & _memory(source)), None)
-
-
-def _memory(node: object) -> set[int]:
-    """The storages of the tensors that a node computes, as far as they have one."""
-    leaves = tree_leaves(node.meta.get("example_value")) if isinstance(node, Node) else []
-    return {storage for leaf in leaves if isinstance(leaf, torch.Tensor) for storage in _storage(leaf)}
-
-
-def _storage(value: torch.Tensor) -> tuple[int, ...]:
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    try:
-        return (value.untyped_storage()._cdata,)
-    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
-        return ()
+        written = next((source for source in written.all_input_nodes[:1] if memory & memory_of(source)), None)
 
 
 def _bodies(module: GraphModule, node: Node) -> SubGraphs | None:

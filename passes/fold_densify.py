@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
 from pixelfly_compiler.passes.sites import Match, matmuls
-from pixelfly_compiler.passes.weights import Scopes, may_write, sub_graphs, uses, value_of
+from pixelfly_compiler.passes.weights import Scopes, may_write, memory_of, sub_graphs, uses
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +61,7 @@ class _Fold:
 def _folds(module: GraphModule, densify: Node, scopes: Scopes, written: Set[int]) -> Iterator[_Fold]:
     shape = densify.meta["example_value"].shape
     found = list(uses(module, densify, shape))
-    if any(_memory(use.operand) in written for use in found):
+    if any(memory_of(use.operand) & written for use in found):
         return
     for match in matmuls(found, densify.name, shape, scopes)[0]:
         if match.region is None and match.matrices is None:  # not of a part
@@ -76,15 +76,7 @@ def _written(modules: Sequence[GraphModule]) -> set[int]:
         for node in module.graph.nodes
         if may_write(node) and sub_graphs(module, node) is None
     )
-    found = {_memory(source) for node in writing for source in node.all_input_nodes}
-    return {memory for memory in found if memory is not None}
-
-
-def _memory(node: Node) -> int | None:
-    value = value_of(node)
-    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)  # under a transform of torch.func
-    return value.untyped_storage()._cdata if value is not None and value.layout is torch.strided else None
+    return {memory for node in writing for source in node.all_input_nodes for memory in memory_of(source)}
 
 
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:

@@ -8,6 +8,7 @@ they stop.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import re
@@ -334,6 +335,24 @@ def is_tagged(node: Node, tag: torch.Tag) -> bool:
 def value_of(node: object) -> Tensor | None:
     value = node.meta.get("example_value") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def storages(value: Any) -> set[int]:
+    """The storages of all tensors in a value. Under a transform of torch.func it is the wrapped tensor that has one; a
+    sparse tensor has none.
+    """
+    found = set()
+    for tensor in (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)):
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            found.add(tensor.untyped_storage()._cdata)
+    return found
+
+
+def memory_of(node: object) -> set[int]:
+    """The storages of what a node computes."""
+    return storages(node.meta.get("example_value")) if isinstance(node, Node) else set()
 
 
 def is_call(node: Node, functions: Sequence[object], *methods: str) -> bool:

@@ -23,7 +23,7 @@ from pixelfly_compiler.names import namesakes
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import overlap, own_name, parameter_names_by_identity
+from pixelfly_compiler.passes.weights import overlap, own_name, parameter_names_by_identity, storages
 
 Record = tuple[GraphModule, tuple[Any, ...]]
 _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)
@@ -55,9 +55,9 @@ class _ParametersRestored(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if isinstance(operator, OpOverload) and operator._schema.is_mutable:
-            storages = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            written = storages((args, kwargs))
             for parameter in self.parameters:
-                if _storage(parameter) in storages and id(parameter) not in self.before:
+                if storages(parameter) & written and id(parameter) not in self.before:
                     self.before[id(parameter)] = parameter, parameter.detach().clone()
         return operator(*args, **(kwargs or {}))
 
@@ -66,10 +66,6 @@ class _ParametersRestored(TorchDispatchMode):
         with torch.no_grad():
             for parameter, value in self.before.values():
                 parameter.copy_(value)
-
-
-def _storage(tensor: Tensor) -> int | None:
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def capture(
