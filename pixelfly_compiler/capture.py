@@ -107,7 +107,8 @@ def run_once(
     grad: bool = False,
 ) -> None:
     """Run the model once with its graphs handed to `backend`; model, inputs and random state stay as they were."""
-    inference = torch.inference_mode(torch.is_inference_mode_enabled() and not grad)
+    without_gradients = not grad or any(parameter.is_inference() for parameter in model.parameters())
+    inference = torch.inference_mode(torch.is_inference_mode_enabled() and without_gradients)
     with inference, _unchanged(model, (args, kwargs)), torch.set_grad_enabled(grad), warnings.catch_warnings():
         # Dynamo looks at the `.grad` of what comes from the graph before.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")

@@ -196,12 +196,11 @@ class Parts(nn.Module):
         return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
 
 
-def test_parts_that_a_plan_does_not_list_stay_dense(caplog: pytest.LogCaptureFixture) -> None:
+def test_parts_that_a_plan_does_not_list_stay_dense() -> None:
     model, inputs = Parts().eval(), (torch.randn(2, 5, 64), torch.tensor([2, 0]))
     made = plan(model, inputs, **OPTIONS)
     assert [entry.name for entry in made.sparse] == ["packed[0:64]"]
     program = export(model, inputs, plan=made)
-    assert all(f"{part} stays dense" in caplog.text for part in ("experts[:, 0:32]", "packed[64:128]"))
     exact = project_(copy.deepcopy(model), made)(*inputs)
     torch.testing.assert_close(program.module()(*inputs), exact, rtol=1e-4, atol=1e-4)
     with pytest.raises(PlanMismatchError, match=r"packed\[0:64\]: not in the plan"):
