@@ -21,7 +21,7 @@ from zoo import without_dropout
 MOST_PARAMETERS = 60_000_000
 # Batch norms over few numbers amplify rounding without bounds, and a bias ahead of one has no gradient but rounding:
 # with running statistics neither is so.
-EVALUATED = ("deimv2", "levit", "mobilenet_v1", "swiftformer")
+EVALUATED = ("deimv2", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "swiftformer", "upernet")
 # The first head that a family has is what is compiled.
 HEADS = [
     "CAUSAL_LM",
