@@ -149,9 +149,9 @@ def _dims_of_index(item: Any) -> int:
 _METHODS: dict[str, Any] = {
     "__getitem__": _getitem,
     "__invert__": lambda self: torch.bitwise_not(self),
-    "contiguous": lambda self, **options: torch.ops.aten.contiguous.default(self, **options),
-    "copy_": lambda self, source, non_blocking=False: torch.ops.aten.copy_.default(self, source, non_blocking),
-    "nonzero": lambda self: torch.ops.aten.nonzero.default(self),
+    "contiguous": lambda self, **options: _aten.contiguous.default(self, **options),
+    "copy_": lambda self, source, non_blocking=False: _aten.copy_.default(self, source, non_blocking),
+    "nonzero": lambda self: _aten.nonzero.default(self),
 }
 
 

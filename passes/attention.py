@@ -22,7 +22,8 @@ from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels import attention
 from pixelfly_compiler.passes.flops import hint
-from pixelfly_compiler.passes.weights import Scopes, is_call, value_of
+from pixelfly_compiler.passes.scopes import Scopes
+from pixelfly_compiler.passes.weights import is_call, value_of
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DTYPES = (torch.float32, torch.bfloat16)

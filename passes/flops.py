@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
+from pixelfly_compiler.passes.scopes import Hidden
 from pixelfly_compiler.passes.weights import (
     SubGraphs,
     called,
@@ -28,8 +29,6 @@ from pixelfly_compiler.passes.weights import (
     sub_graphs,
     value_of,
 )
-
-Hidden = Mapping[Node, tuple[Any, ...]]  # `Scopes.hidden`
 
 
 def other_flops(

@@ -28,7 +28,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.passes.forms import einsum_operands
-from pixelfly_compiler.passes.weights import is_call, reshaped_in_place
+from pixelfly_compiler.passes.scopes import reshaped_in_place
+from pixelfly_compiler.passes.weights import is_call
 
 log = logging.getLogger("pixelfly_compiler")
 

@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
-from pixelfly_compiler.passes.flops import Hidden, flops_of, hint, other_flops
+from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.roles import assign_roles
+from pixelfly_compiler.passes.scopes import Hidden, Scopes
 from pixelfly_compiler.passes.weights import (
     FLOATS,
     Region,
-    Scopes,
     Use,
     called,
     is_call,

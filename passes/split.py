@@ -22,8 +22,9 @@ from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.passes.open import put_code
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first
+from pixelfly_compiler.passes.scopes import Scopes
 from pixelfly_compiler.passes.sites import Match, matmuls
-from pixelfly_compiler.passes.weights import Scopes, is_call, may_write, uses, value_of
+from pixelfly_compiler.passes.weights import is_call, may_write, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.
 _JOINS: dict[Any, int | None] = {

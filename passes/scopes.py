@@ -1,0 +1,91 @@
+"""Where nodes stand: under `no_grad`, inside of transforms of torch.func, beside a change of their shape in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
+from torch.fx import GraphModule, Node
+
+from pixelfly_compiler.passes.weights import called, is_call, is_tagged, value_of
+
+Hidden = Mapping[Node, tuple[Any, ...]]  # node -> sizes
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, nodes whose tensor gets another
+    shape in place, and, for nodes under `torch.vmap`, the sizes, which may be symbolic, of the dimensions it hides;
+    also in sub-graphs.
+    """
+
+    without_gradients: frozenset[Node] = frozenset()
+    differentiated: frozenset[Node] = frozenset()
+    reshaped: frozenset[Node] = frozenset()
+    hidden: Hidden = field(default_factory=dict)
+
+    @staticmethod
+    def of(gm: GraphModule) -> Scopes:
+        modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
+        frozen = [node for module in modules for node in _nodes_without_gradients(module)]
+        differentiated = [node for module in modules for node in _differentiated_nodes(module)]
+        hidden = {node: sizes for module in modules for node, sizes in _hidden_by_vmap(module)}
+        return Scopes(frozenset(frozen), frozenset(differentiated), reshaped_in_place(gm), hidden)
+
+
+def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
+    """The nodes between `torch._C._set_grad_enabled(False)` and `(True)`."""
+    enabled: object = True
+    for node in module.graph.nodes:
+        if is_call(node, (torch._C._set_grad_enabled,)):
+            enabled = node.args[0]
+        if not enabled:
+            yield node
+
+
+def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
+    """The nodes between `_grad_increment_nesting()` and `_grad_decrement_nesting()`, and the same for `jvp`."""
+    depth = 0
+    for node in module.graph.nodes:
+        transform, _, step = getattr(node.target, "__name__", "").strip("_").partition("_")
+        if transform in ("grad", "jvp"):
+            depth += {"increment_nesting": 1, "decrement_nesting": -1}.get(step, 0)
+        if depth:
+            yield node
+
+
+def _hidden_by_vmap(module: GraphModule) -> Iterator[tuple[Node, tuple[Any, ...]]]:
+    """Each node with the sizes of the dimensions that `torch.vmap` hides in what it computes."""
+    if not module.graph.find_nodes(op="call_function", target=_add_batch_dim):
+        return
+    hidden: dict[Node, dict[Any, Any]] = {}  # of each node: level of the vmap -> size
+    for node in module.graph.nodes:
+        sizes = {level: size for source in node.all_input_nodes for level, size in hidden[source].items()}
+        if node.target is _add_batch_dim:
+            x, dim, level = node.args
+            sizes[level] = x.meta["example_value"].shape[dim]
+        elif node.target is _remove_batch_dim:
+            sizes.pop(node.args[1], None)
+        hidden[node] = sizes
+        if sizes:
+            yield node, tuple(sizes.values())
+
+
+def reshaped_in_place(gm: GraphModule) -> frozenset[Node]:
+    """The nodes, also in sub-graphs, whose tensor gets another shape, or other strides, in place somewhere.
+
+    Their value says what the tensor is in the end, and not what it was when another node took it.
+    """
+    nodes = [node for module in gm.modules() if isinstance(module, GraphModule) for node in module.graph.nodes]
+    changed = {id(value_of(node.all_input_nodes[0])) for node in nodes if _reshapes_in_place(node)}
+    return frozenset(node for node in nodes if value_of(node) is not None and id(value_of(node)) in changed)
+
+
+def _reshapes_in_place(node: Node) -> bool:
+    """`t_`, `squeeze_`, `resize_`: torch has a mark for them. It is on `detach_` too, which keeps the shape."""
+    name = called(node)
+    in_place = name.endswith("_") and name != "detach_" and bool(node.all_input_nodes)
+    return in_place and is_tagged(node, torch.Tag.inplace_view)
