@@ -47,6 +47,11 @@ class Gpu:
         return divmod(self.arch, 10) if isinstance(self.arch, int) else (9, 4)
 
     @property
+    def has_tma(self) -> bool:
+        """Copies of whole tiles that one thread asks for: on Hopper and later."""
+        return self.backend == "cuda" and self.capability >= (9, 0)
+
+    @property
     def warp(self) -> int:
         return 32 if self.backend == "cuda" else 64
 

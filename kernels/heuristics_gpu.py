@@ -17,7 +17,7 @@ class LinearShape:
     """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
 
     `exact` asks for IEEE fp32 products, which no tensor core computes. `epilogue`: see `epilogue_weight`; 1 is the
-    product alone.
+    product alone. `tma`: the operands lie as tensor descriptors need them.
     """
 
     rows: int
@@ -29,6 +29,7 @@ class LinearShape:
     itemsize: int
     exact: bool = False
     epilogue: float = 1.0
+    tma: bool = False
 
     @property
     def is_heavy(self) -> bool:
@@ -45,6 +46,9 @@ class LinearLaunch:
     Small blocks: `groups` block rows share a program, and a step gathers block_k / block of their blocks.
     Large blocks: block_k is a part of a block. block_r is the step through the low-rank term; group_m row tiles
     run next to each other, so that the weight stays in the L2 cache.
+
+    programs > 0: only so many programs, which stay for several tiles and read through tensor descriptors (TMA). They
+    cannot gather blocks: block_k is at most a block.
     """
 
     block_m: int
@@ -55,6 +59,7 @@ class LinearLaunch:
     group_m: int
     warps: int
     stages: int
+    programs: int = 0
 
     def shared_memory(self, itemsize: int) -> int:
         """Bytes that the stages of the pipeline hold."""
@@ -73,6 +78,7 @@ class GradShape:
     b_in: int
     itemsize: int
     exact: bool = False
+    tma: bool = False
 
     @property
     def per_row(self) -> int:
@@ -85,6 +91,7 @@ class GradLaunch:
     """Tile of one program: `pack` kept blocks of one block row, block_m rows of the inputs per step.
 
     split > 1: as many programs share the rows of one tile; their fp32 results are added by a second kernel.
+    tma: read through tensor descriptors.
     """
 
     pack: int
@@ -92,6 +99,7 @@ class GradLaunch:
     split: int
     warps: int
     stages: int
+    tma: bool = False
 
     def shared_memory(self, shape: GradShape) -> int:
         return self.stages * self.block_m * (self.pack * shape.b_in + shape.b_out) * shape.itemsize
@@ -112,6 +120,7 @@ def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
             replace(default, block_m=default.block_m // 2, warps=max(default.warps // 2, 4)),
             replace(default, block_m=default.block_m * 2, warps=8),
             replace(default, block_k=default.block_k * 2, stages=default.stages - 1),
+            *_persistent(default, shape, gpu),
         ]
     fitting = [launch for launch in others if _is_sound(launch, shape, gpu)]
     return list(dict.fromkeys([default, *fitting]))
@@ -173,6 +182,18 @@ def _step(shape: LinearShape, most: int) -> int:
     return max(most * 2 // shape.itemsize, 16)
 
 
+def _persistent(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
+    """The same tile for as many programs as run at a time, one or two a multiprocessor; and with half the stages."""
+    if not shape.tma or launch.block_k > shape.block_k:
+        return []
+    found = []
+    for stages in (launch.stages, max(launch.stages // 2, 1)):
+        fewer = replace(launch, stages=stages)
+        at_a_time = min(_room(gpu) // fewer.shared_memory(shape.itemsize), 2)
+        found.append(replace(fewer, programs=at_a_time * gpu.multiprocessors))
+    return found
+
+
 def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
     """The launch for few rows spread over more programs, and with no more stages than fit."""
     if shape.exact:
@@ -209,6 +230,8 @@ def block_grad_launches(shape: GradShape, gpu: Gpu) -> list[GradLaunch]:
         replace(default, pack=max(default.pack // 2, 1)),
         replace(default, split=default.split * 2),
     ]
+    if shape.tma and not shape.exact and shape.b_in >= 64:
+        others += [replace(default, tma=True), replace(default, stages=default.stages + 1, tma=True)]
     fitting = [
         launch for launch in others if launch.shared_memory(shape) <= _room(gpu) and launch.split <= _most_split(shape)
     ]

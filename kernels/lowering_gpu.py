@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch._inductor.select_algorithm import (
     TritonTemplateKernel,
     autotune_select_algorithm,
 )
-from torch._inductor.utils import sympy_product
+from torch._inductor.utils import can_use_tma, sympy_product
 from torch._inductor.virtualized import V
 
 from pixelfly_compiler.kernels import reference
@@ -57,6 +57,12 @@ def _linear_grid(rows: Any, features: Any, meta: dict[str, Any], *, cdiv: Any) -
 
 
 @SymbolicGridFn
+def _persistent_grid(rows: Any, features: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Any, int, int]:
+    tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(features, meta["GROUPS"] * meta["BLOCK_N"])
+    return min(tiles, meta["PROGRAMS"]), 1, 1
+
+
+@SymbolicGridFn
 def _block_grad_grid(_slots: Any, _b_out: Any, _b_in: Any, meta: dict[str, Any]) -> tuple[Any, int, int]:
     return meta["SPLIT"] * meta["BLOCK_ROWS"] * meta["GRID_G"], 1, 1
 
@@ -77,31 +83,48 @@ class _Template(TritonTemplate):
 listeners: list[Callable[[str, tuple[torch.fx.Node, ...]], None]] = []
 
 
+_GRIDS = {
+    "linear": _linear_grid,
+    "linear_tma": _persistent_grid,
+    "block_grad": _block_grad_grid,
+    "block_grad_tma": _block_grad_grid,
+}
+
+
 @cache
 def _template(name: str) -> TritonTemplate:
     fuse_through_views()
-    grid = {"linear": _linear_grid, "block_grad": _block_grad_grid}[name]
+    grid = _GRIDS[name]
     source = (Path(__file__).parent / "templates" / f"{name}.py.jinja").read_text()
     return _Template(f"pixelfly_{name}", grid, source)
+
+
+class _Variant(NamedTuple):
+    """A launch: the template's name and its constants, warps and stages."""
+
+    template: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
 
 
 def _call(
     name: str,
     inputs: Sequence[ir.IRNode],
     layout: FixedLayout,
-    variants: Sequence[tuple[dict[str, Any], int, int]],
+    variants: Sequence[_Variant],
     shape: SupportIndex,
     dense: Any = None,
 ) -> TensorBox:
-    """The output of template `name`: its first variant (constants, warps, stages), or the fastest with autotuning.
+    """The output of operator `name` by its first variant, or by the fastest with autotuning.
 
     The last input is the index of a support of this shape.
     """
     tuned = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
     choices: list[Any] = []
     failure: Exception | None = None
-    for constants, warps, stages in variants if tuned else variants[:1]:
-        error = _template(name).maybe_append_choice(
+    for template, constants, warps, stages in variants if tuned else variants[:1]:
+        error = _template(template).maybe_append_choice(
             choices, input_nodes=tuple(inputs), layout=layout, num_warps=warps, num_stages=stages, **constants
         )
         failure = failure or error
@@ -176,11 +199,14 @@ def lower_linear(
         x.get_dtype().itemsize,
         exact=constants["PRECISION"] == "'ieee'",
         epilogue=epilogue_weight(V.graph.current_node),
+        tma=_can_use_tma(*list(inputs.values())[:-1]),
     )
     variants = []
     for launch in linear_launches(shape, gpu_of(device)):
         tile = {key.upper(): value for key, value in asdict(launch).items() if key not in ("warps", "stages")}
-        variants.append((constants | tile | _backend_options(gpu_of(device)), launch.warps, launch.stages))
+        template = "linear_tma" if launch.programs else "linear"
+        constants_of = constants | tile | _backend_options(gpu_of(device))
+        variants.append(_Variant(template, constants_of, launch.warps, launch.stages))
     dense = dense_choice().bind(
         list(inputs.values()), layout, features=int(features), transposed=transposed, rank=int(rank)
     )
@@ -215,6 +241,15 @@ def _linear_constants(
         "SLOT_AT": crow_t + block_cols + 1 + nnz if transposed else 0,
         "PRECISION": repr(_precision(x.get_dtype())),
     }
+
+
+def _can_use_tma(*operands: TensorBox) -> bool:
+    """TMA asks for rows that begin at multiples of 16 bytes."""
+    if not gpu_of(operands[0].get_device()).has_tma:
+        return False
+    offsets = (operand.get_layout().offset * operand.get_dtype().itemsize for operand in operands)
+    aligned = all(V.graph.sizevars.statically_known_multiple_of(offset, 16) for offset in offsets)
+    return aligned and can_use_tma(*operands)
 
 
 def _backend_options(gpu: Gpu) -> dict[str, int]:
@@ -283,7 +318,7 @@ def _lower_blocks(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: in
         "PRECISION": repr(_precision(dtype)),
     }
     exact = _precision(dtype) == "ieee"
-    shape = GradShape(_rows_hint(rows), block_rows, nnz, b_out, b_in, dtype.itemsize, exact)
+    shape = GradShape(_rows_hint(rows), block_rows, nnz, b_out, b_in, dtype.itemsize, exact, _can_use_tma(a, x))
     launches = block_grad_launches(shape, gpu_of(device))
     split = launches[0].split  # part of the output's shape, so not a choice
     variants = []
@@ -295,7 +330,9 @@ def _lower_blocks(a: TensorBox, x: TensorBox, index: TensorBox | None, b_out: in
                 "SPLIT": split,
                 "GRID_G": -(-shape.per_row // launch.pack),
             }
-            variants.append((constants | tile | _backend_options(gpu_of(device)), launch.warps, launch.stages))
+            template = "block_grad_tma" if launch.tma else "block_grad"
+            constants_of = constants | tile | _backend_options(gpu_of(device))
+            variants.append(_Variant(template, constants_of, launch.warps, launch.stages))
     layout = FixedLayout(device, dtype if split == 1 else torch.float32, [split * nnz, b_out, b_in])
     support = SupportIndex(block_rows, block_cols, nnz)
     parts = _call("block_grad", [a, x, contiguous(index)], layout, variants, support)

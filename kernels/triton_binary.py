@@ -27,10 +27,10 @@ TENSOR_CORE = {
     "mfma": r"^\s*v_mfma_",
 }
 VECTOR_LOADS = (
-    r"^\s*(?:@\S+\s+)?(?:cp\.async\.c[ag]\.shared\.global .*0x10|ld\.global\S*\.v4)"
+    r"^\s*(?:@\S+\s+)?(?:cp\.async\.c[ag]\.shared\.global .*0x10|cp\.async\.bulk\.tensor|ld\.global\S*\.v4)"
     r"|global_load_dwordx4|buffer_load_dwordx4"
 )
-ASYNC_COPIES = r"^\s*(?:@\S+\s+)?cp\.async\.c[ag]"
+ASYNC_COPIES = r"^\s*(?:@\S+\s+)?cp\.async\.(?:c[ag]|bulk\.tensor)"
 
 
 @dataclass(frozen=True)

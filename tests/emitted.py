@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from pixelfly_compiler.kernels import codegen_gpu, lowering
+from pixelfly_compiler.kernels import codegen_gpu, lowering, lowering_gpu
 from pixelfly_compiler.kernels.codegen_gpu import Code
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.kernels.triton_binary import Binary, compile_kernel, load
@@ -54,6 +55,24 @@ def binaries(code: Code, gpu: Gpu) -> dict[str, Binary]:
             path.write_text(code.kernels[name])
             made[name] = compile_kernel(name, path, gpu)
         return made
+
+
+@contextlib.contextmanager
+def by_tma(place: int, **changes: int) -> Iterator[None]:
+    """The launches that read through tensor descriptors run: of several that one; without any the default."""
+
+    def chosen(launches: Callable[..., list[Any]], is_one: Callable[[Any], bool]) -> Callable[..., list[Any]]:
+        def choose(*args: Any) -> list[Any]:
+            found = [launch for launch in launches(*args) if is_one(launch)]
+            known = {key: value for key, value in changes.items() if found and hasattr(found[place], key)}
+            return [replace(found[place], **known)] if found else launches(*args)
+
+        return choose
+
+    linear = chosen(lowering_gpu.linear_launches, lambda launch: launch.programs > 0)
+    block_grad = chosen(lowering_gpu.block_grad_launches, lambda launch: launch.tma)
+    with patch.multiple(lowering_gpu, linear_launches=linear, block_grad_launches=block_grad):
+        yield
 
 
 # ---- under the interpreter ----
@@ -116,7 +135,7 @@ def mended() -> Iterator[None]:
         return TensorHandle(rounded.numpy().view(np.uint16).reshape(source.data.shape), tl.bfloat16)
 
     def truths(mask: Any) -> Any:
-        return TensorHandle(mask.data.astype(bool), mask.dtype)
+        return mask if isinstance(mask, np.ndarray) else TensorHandle(mask.data.astype(bool), mask.dtype)
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **kwargs: Any) -> Any:
         return original_load(self, ptrs, truths(mask), *rest, **kwargs)

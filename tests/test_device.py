@@ -131,7 +131,7 @@ def test_symbolic_rows(device: torch.device) -> None:
         check(layer, operands(flat_butterfly(96, 64, 32, 0), rows, 32, torch.float32, device), compiled)
 
 
-@pytest.mark.parametrize("variant", range(6))
+@pytest.mark.parametrize("variant", range(8))
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_every_launch_that_autotuning_may_choose(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, block: int, variant: int

@@ -463,6 +463,21 @@ def test_half_precision_uses_tensor_cores_without_spills(target: str, dtype: tor
 
 
 @needs_triton
+@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
+@pytest.mark.parametrize(("size", "place"), [(32, 0), (64, 0), (64, 1), (128, 0)])
+def test_launches_that_read_by_tma(target: str, size: int, place: int) -> None:
+    from emitted import by_tma
+
+    with by_tma(place):
+        kernels = compiled.__wrapped__(target, torch.bfloat16, size, 4096)
+    for binary in kernels:
+        check_resources(binary, KNOWN[target])
+        assert binary.tensor_core.get(TENSOR_CORES[target]), f"{binary.name}: {binary.tensor_core}"
+    copies = ["cp.async.bulk.tensor" in binary.code["ptx"] for binary in kernels]
+    assert sum(copies) == (2 if size < 64 else 3)
+
+
+@needs_triton
 @pytest.mark.parametrize("target", TENSOR_CORES)
 def test_fp32_and_few_rows(target: str) -> None:
     few = [binary for block in (32, 64) for binary in compiled(target, torch.bfloat16, block, 16)]
@@ -607,11 +622,12 @@ def test_without_its_kernels_the_projection_runs_as_plain_pytorch(
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("rows", [1, 64, 4096])
 def test_every_launch_fits_its_gpu(gpu: Gpu, itemsize: int, size: int, rows: int) -> None:
-    shape = LinearShape(rows, 1024, 4096, size, size, 64, itemsize, exact=itemsize == 4)
+    shape = LinearShape(rows, 1024, 4096, size, size, 64, itemsize, exact=itemsize == 4, tma=gpu.has_tma)
     for launch in linear_launches(shape, gpu):
         assert launch.shared_memory(itemsize) <= gpu.shared_memory
         assert launch.block_n <= size and (launch.groups == 1 or launch.block_n == size)
+        assert launch.programs == 0 or launch.block_k <= size
         assert launch.groups in (1, 2, 4) and launch.stages >= 1 and launch.warps in (1, 2, 4, 8)
-    grad = GradShape(rows, 4096 // size, 4 * 4096 // size, size, size, itemsize, exact=itemsize == 4)
+    grad = GradShape(rows, 4096 // size, 4 * 4096 // size, size, size, itemsize, itemsize == 4, gpu.has_tma)
     for other in block_grad_launches(grad, gpu):
         assert other.shared_memory(grad) <= gpu.shared_memory and other.split <= max(rows // 512, 1)

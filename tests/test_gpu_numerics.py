@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_under_the_interpreter")
 
 UNEVEN = Support(100, 150, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # an empty row, tails on both sides
+ALIGNED = Support(104, 152, 32, crow=(0, 4, 4, 5, 7), col=(0, 1, 3, 4, 2, 0, 4))  # rows of multiples of 16 bytes
 TARGET = "cuda:90"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,8 +51,8 @@ def operands(support: Support, rows: int, rank: int, dtype: torch.dtype, transpo
     return [torch.randn(rows, k).to(dtype), blocks, u, v, ops.support_index(support)]
 
 
-def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = False, other: Any = None) -> None:
-    """The generated code is as near to float64 as eager, with `kernels` of our templates; `other` sizes run too."""
+def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = False, other: Any = None) -> Any:
+    """The code: as near to float64 as eager, with `kernels` of our templates. It runs at `other` sizes too."""
     from emitted import generate, run
 
     (code,) = generate(function, args, TARGET, dynamic)
@@ -63,6 +65,7 @@ def check(function: Any, args: list[Any], kernels: int, dynamic: bool | None = F
             run(code, inputs), function(*given), function(*map(to_double, given)), strict=True
         ):
             assert_as_good_as(ours, eager, exact)
+    return code
 
 
 def _inputs(code: Any, args: list[Any]) -> list[Any]:
@@ -116,6 +119,68 @@ def test_block_grad_of_uneven_rows_split_over_many_rows(dtype: torch.dtype) -> N
     a, x = torch.randn(1100, 100).to(dtype), torch.randn(1100, 150).to(dtype)
     args = [a, x, ops.support_index(UNEVEN)]
     check(lambda a, x, index: (torch.ops.pixelfly.block_grad(a, x, None, index, 32, 32)[0],), args, kernels=1)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("support", "dtype"),
+    [
+        (flat_butterfly(296, 200, 64, 1), torch.float32),
+        (flat_butterfly(200, 296, 128, 1), torch.float16),
+        (ALIGNED, torch.bfloat16),
+    ],
+)
+def test_linear_by_tma(support: Support, transposed: bool, dtype: torch.dtype, tf32: None) -> None:
+    from emitted import by_tma
+
+    features = support.in_features if transposed else support.out_features
+    args = operands(support, 300, 24, dtype, transposed)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y, t = torch.ops.pixelfly.linear(x, blocks, u, v, index, features, transposed, bias)
+        return F.gelu(y), t, torch.ops.pixelfly.linear(x, blocks, None, None, index, features, transposed)[0]
+
+    args.append(torch.randn(features).to(dtype))
+    with by_tma(0, programs=3):  # that each takes several tiles
+        code = check(function, args, kernels=2)
+    assert all("make_tensor_descriptor" in code.kernels[name] for name in code.nodes)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("block", "rows", "dtype"), [(64, 1100, torch.bfloat16), (64, 90, torch.float32), (128, 90, torch.float16)]
+)
+def test_block_grad_by_tma(block: int, rows: int, dtype: torch.dtype, tf32: None) -> None:
+    from emitted import by_tma
+
+    args = [torch.randn(rows, columns).to(dtype) for columns in (296, 200)]
+    args.append(ops.support_index(flat_butterfly(296, 200, block, 1)))
+
+    def function(a: Tensor, x: Tensor, index: Tensor) -> tuple[Tensor]:
+        return (torch.ops.pixelfly.block_grad(a, x, None, index, block, block)[0],)
+
+    with by_tma(0):
+        code = check(function, args, kernels=1)
+    assert all("make_tensor_descriptor" in code.kernels[name] for name in code.nodes)
+
+
+@interpreted
+def test_rows_that_tma_cannot_read() -> None:
+    from emitted import by_tma, generate
+
+    args = operands(UNEVEN, 70, 0, torch.bfloat16, False)  # 300 bytes a row
+    with by_tma(0):
+        (code,) = generate(lambda *a: torch.ops.pixelfly.linear(*a, 100, False)[:1], args, TARGET)
+    assert not any("make_tensor_descriptor" in source for source in code.kernels.values())
 
 
 @interpreted
