@@ -98,14 +98,12 @@ def _described(properties: Any) -> Gpu:
     )
 
 
-def why_no_kernels(device: torch.device, several: bool = False) -> str | None:
-    """Why matmuls on this device stay dense, or those with weights of `several` matrices; None if there are kernels."""
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why matmuls on this device stay dense; None if there are kernels."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"no kernels for device {device.type!r}"
-    if several:
-        return "no kernel yet for weights of several matrices on GPUs"
     if importlib.util.find_spec("triton") is None:
         return "kernels for GPUs need triton, which is not installed"
     gpu = gpu_of(device)

@@ -17,7 +17,7 @@ class LinearShape:
     """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
 
     `exact` asks for IEEE fp32 products, which no tensor core computes. `epilogue`: see `epilogue_weight`; 1 is the
-    product alone. `tma`: the operands lie as tensor descriptors need them.
+    product alone. `tma`: the operands lie as tensor descriptors need them. `matrices`: so many, each with those rows.
     """
 
     rows: int
@@ -30,6 +30,7 @@ class LinearShape:
     exact: bool = False
     epilogue: float = 1.0
     tma: bool = False
+    matrices: int = 1
 
     @property
     def is_heavy(self) -> bool:
@@ -79,6 +80,7 @@ class GradShape:
     itemsize: int
     exact: bool = False
     tma: bool = False
+    matrices: int = 1
 
     @property
     def per_row(self) -> int:
@@ -168,10 +170,10 @@ def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
         most_m, most_n = min(most_m, 64), min(most_n, 64)
     if shape.is_heavy:
         most_n = min(most_n, 64)
-    block_m = min(max(_power_of_two(shape.rows), 16), most_m)
+    block_m = min(max(power_of_two(shape.rows), 16), most_m)
     block_n = min(shape.block_n, most_n)
     groups = max(64 // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
-    block_r = min(max(_power_of_two(shape.rank), 16), 64)
+    block_r = min(max(power_of_two(shape.rank), 16), 64)
     return LinearLaunch(block_m, block_n, groups, 32, block_r, 8, 4, 3)
 
 
@@ -202,7 +204,8 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
         launch = replace(launch, warps=max(launch.warps, 256 // gpu.warp))
     if shape.rows <= 64:
         launch = replace(launch, groups=1)
-        while launch.block_n > 16 and 2 * shape.out_features < launch.block_n * gpu.multiprocessors:
+        outputs = shape.matrices * shape.out_features
+        while launch.block_n > 16 and 2 * outputs < launch.block_n * gpu.multiprocessors:
             launch = replace(launch, block_n=launch.block_n // 2)
         if launch.block_n <= 64 and not shape.exact:  # each thread loads 16 bytes at a time
             step = launch.block_k * min(launch.block_m, launch.block_n) * shape.itemsize
@@ -243,7 +246,9 @@ def _grad_default(shape: GradShape, gpu: Gpu) -> GradLaunch:
     tile = pack * shape.b_in * shape.b_out
     block_m = 16 if shape.exact else 64 * 2 // shape.itemsize
     stages = 2 if gpu.family == "cdna" else 3
-    launch = GradLaunch(pack, block_m, 1, 8 if tile > 64 * 128 and gpu.family != "blackwell" else 4, stages)
+    wide = tile > 64 * 128 and gpu.family != "blackwell"
+    several = shape.exact and shape.matrices > 1  # with four warps 8 bytes spill on sm_90
+    launch = GradLaunch(pack, block_m, 1, 8 if wide or several else 4, stages)
     while launch.stages > 1 and launch.shared_memory(shape) > _room(gpu):
         launch = replace(launch, stages=launch.stages - 1)
     tiles = shape.block_rows * -(-shape.per_row // pack)
@@ -270,8 +275,8 @@ def _pack(shape: GradShape, gpu: Gpu) -> int:
 
 
 def _most_split(shape: GradShape) -> int:
-    """Every part gets 512 rows or more: the sum of the parts has to pay."""
-    return max(shape.rows // 512, 1)
+    """Every part gets 512 rows or more: the sum of the parts has to pay. The rows of each matrix are one part."""
+    return max(shape.rows // 512, 1) if shape.matrices == 1 else 1
 
 
 # ---------------------------------------------------------------------------------------------------------- projection
@@ -301,7 +306,7 @@ def projection_launch(block: int, rank: int, gpu: Gpu) -> ProjectionLaunch:
         rows=rows,
         block_k=tile,
         block_m=tile,
-        block_r=min(max(_power_of_two(rank), 16), 64 if block < 128 else 32),
+        block_r=min(max(power_of_two(rank), 16), 64 if block < 128 else 32),
         warps=min(rows * tile // (4 * gpu.warp), 4),
         stages=2 if gpu.family == "cdna" else 3,
         precision="tf32x3" if gpu.backend == "cuda" else "ieee",
@@ -312,6 +317,6 @@ def _room(gpu: Gpu) -> int:
     return gpu.shared_memory - (4 << 10)  # barriers, layout conversions
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The least power of two that is not below `number`."""
     return 1 << max(number - 1, 0).bit_length()

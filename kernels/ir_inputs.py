@@ -1,12 +1,15 @@
-"""Operands of a template in Inductor's IR, in the memory layout that the templates read."""
+"""What lowerings ask of an operator's operands in Inductor's IR, and the memory layout that the templates read."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
+import torch
 from torch._inductor import ir
 from torch._inductor.ir import TensorBox
+from torch._inductor.virtualized import V
 
 
 def row_major(x: TensorBox) -> TensorBox:
@@ -24,3 +27,14 @@ def contiguous(x: TensorBox) -> TensorBox:
 
 def is_static(*sizes: Any) -> bool:
     return all(isinstance(size, (int, sympy.Integer)) for size in sizes)
+
+
+def are_int32(ends: TensorBox | None) -> bool:
+    """Are these ends of groups of rows, if there are any, as templates read them?"""
+    return ends is None or ends.get_dtype() == torch.int32
+
+
+def is_read(output: int) -> bool:
+    """Is this output of the operator that is being lowered used at all?"""
+    node = V.graph.current_node
+    return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)

@@ -7,7 +7,6 @@ What a template cannot take (other dtypes, odd ranks) is answered with None.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_produ
 from torch._inductor.virtualized import V, ops
 
 from pixelfly_compiler.kernels.cpus import has_matrix_unit
-from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static, row_major
+from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, is_read, is_static, row_major
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place; beyond, packing them pays
@@ -201,12 +200,6 @@ def takes_tiles(x: TensorBox) -> bool:
     return x.get_dtype() == torch.bfloat16 and has_matrix_unit()
 
 
-def is_read(output: int) -> bool:
-    """Is this output of the operator that is being lowered used at all?"""
-    node = V.graph.current_node
-    return any(user.target is not operator.getitem or user.args[1] == output for user in node.users)
-
-
 def lower_linear(
     x: TensorBox,
     blocks: TensorBox,
@@ -232,7 +225,7 @@ def lower_grouped_linear(
     transposed: bool,
 ) -> tuple[TensorBox, TensorBox] | None:
     """(y, t), or None where the template does not apply."""
-    if not is_static(*blocks.get_size()) or not _are_int32(ends):
+    if not is_static(*blocks.get_size()) or not are_int32(ends):
         return None
     groups, nnz, b_out, b_in = map(int, blocks.get_size())
     own = {"own_u": u is not None and len(u.get_size()) == 3, "own_v": v is not None and len(v.get_size()) == 3}
@@ -240,10 +233,6 @@ def lower_grouped_linear(
     return _lower_products(
         x, blocks, _stacked(u), _stacked(v), index, features, transposed, groups=groups, own=own, ends=ends
     )
-
-
-def _are_int32(ends: TensorBox | None) -> bool:
-    return ends is None or ends.get_dtype() == torch.int32
 
 
 def _stacked(factor: TensorBox | None) -> TensorBox | None:
@@ -357,7 +346,7 @@ def lower_grouped_block_grad(
     b_in: int,
 ) -> tuple[TensorBox, TensorBox] | None:
     """The gradients of blocks and u of each group, or None where the template does not apply."""
-    stacked = _lower_gradients(a, x, t, index, b_out, b_in, groups=groups, ends=ends) if _are_int32(ends) else None
+    stacked = _lower_gradients(a, x, t, index, b_out, b_in, groups=groups, ends=ends) if are_int32(ends) else None
     if stacked is None:
         return None
     return _unstacked(stacked[0], groups), _unstacked(stacked[1], groups)

@@ -15,8 +15,8 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.ir import TensorBox
 
 from pixelfly_compiler.kernels.cpus import multiplies_pairs
-from pixelfly_compiler.kernels.ir_inputs import contiguous, is_static
-from pixelfly_compiler.kernels.lowering_cpu import call, empty, is_read, takes_tiles
+from pixelfly_compiler.kernels.ir_inputs import contiguous, is_read, is_static
+from pixelfly_compiler.kernels.lowering_cpu import call, empty, takes_tiles
 
 
 def lower_attention(

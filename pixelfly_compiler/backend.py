@@ -176,9 +176,7 @@ def dense_if_settled(found: Found, settled: set[str]) -> Found:
 def dense_without_kernels(found: Found) -> Found:
     """Sites on devices that we have no kernels for stay dense, also with `force`: the references are slow."""
     sites = tuple(
-        replace(site, reason=why_no_kernels(torch.device(site.device), site.matrices > 1))
-        if site.reason is None
-        else site
+        replace(site, reason=why_no_kernels(torch.device(site.device))) if site.reason is None else site
         for site in found.sites
     )
     return replace(found, sites=sites)

@@ -283,6 +283,9 @@ class _Writer:
 
 # ---- which site a node of AOTAutograd's graphs belongs to ----
 
+_PRODUCTS = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.grouped_linear.default)
+_GRADIENTS = (torch.ops.pixelfly.block_grad.default, torch.ops.pixelfly.grouped_block_grad.default)
+
 
 def _served(added: Sequence[CompactInput], kept: int, sites: Sequence[tuple[int, Site]]) -> dict[int, str]:
     """Position of a graph's input that holds the blocks of a weight, or of a part of one -> the site's name."""
@@ -312,11 +315,11 @@ def _sites_of_nodes(gm: GraphModule, served: Mapping[int, str], saved: dict[str,
     inputs |= {node: saved[node.name] for node in placeholders if node.name in saved}
     gradients = _gradients(gm, served)
     for node in gm.graph.nodes:
-        if node.target is torch.ops.pixelfly.linear.default:
+        if node.target in _PRODUCTS:
             source = _nearest(node.args[1], inputs.__contains__)
             if source is not None:
                 sites[node.name] = saved[node.args[1].name] = inputs[source]
-        elif node.target is torch.ops.pixelfly.block_grad.default and node in gradients:
+        elif node.target in _GRADIENTS and node in gradients:
             sites[node.name] = gradients[node]
     return sites
 
@@ -345,7 +348,7 @@ def _gradients(gm: GraphModule, served: Mapping[int, str]) -> dict[Node, str]:
     found: dict[Node, str] = {}
     for place, value in enumerate(output.args[0]):
         if place in served and isinstance(value, Node):
-            node = _nearest(value, lambda node: node.target is torch.ops.pixelfly.block_grad.default)
+            node = _nearest(value, lambda node: node.target in _GRADIENTS)
             if node is not None:
                 found[node] = served[place]
     return found

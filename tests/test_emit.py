@@ -129,6 +129,26 @@ def test_parts_of_a_weight_are_sites_of_their_own(tmp_path: Path) -> None:
     assert all(kernel.seconds for kernel in ours) and "weight[0:64]" in str(emission)
 
 
+class Experts(nn.Module):
+    """Each row goes to one of four experts, in order of the experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 128, 128, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x, self.weight, offs=ends)
+
+
+@needs_triton
+def test_experts(tmp_path: Path) -> None:
+    args = torch.randn(512, 128, dtype=torch.bfloat16), torch.tensor([100, 100, 300, 512], dtype=torch.int32)
+    emission = pixelfly_compiler.emit(Experts(), args, out_dir=tmp_path, training=True, force=True)
+    served = {(kernel.graph, site) for kernel in emission.kernels for site in kernel.sites}
+    assert served == {("forward_0", "weight"), ("backward_1", "weight")}
+    assert all(kernel.seconds for kernel in emission.kernels if kernel.sites)
+
+
 @needs_triton
 def test_a_compact_model_never_makes_the_dense_weight(tmp_path: Path) -> None:
     model, args = mlp()
@@ -475,6 +495,31 @@ def test_launches_that_read_by_tma(target: str, size: int, place: int) -> None:
         assert binary.tensor_core.get(TENSOR_CORES[target]), f"{binary.name}: {binary.tensor_core}"
     copies = ["cp.async.bulk.tensor" in binary.code["ptx"] for binary in kernels]
     assert sum(copies) == (2 if size < 64 else 3)
+
+
+@needs_triton
+@pytest.mark.parametrize("target", TENSOR_CORES)
+@pytest.mark.parametrize(("size", "dtype"), [(32, torch.bfloat16), (64, torch.float32), (128, torch.float16)])
+def test_weights_of_several_matrices(target: str, size: int, dtype: torch.dtype) -> None:
+    """With uneven groups: forward with SiLU, its low-rank rows and gradients, each a kernel of its own."""
+    from emitted import binaries, generate
+
+    support = flat_butterfly(512, 512, size, 1)
+    x = torch.randn(4096, 512, dtype=dtype, requires_grad=True)
+    blocks = torch.randn(8, support.nnz, size, size, dtype=dtype, requires_grad=True)
+    u, v = torch.randn(8, 512, 64, dtype=dtype, requires_grad=True), torch.randn(512, 64, dtype=dtype)
+    ends = torch.tensor([100, 100, 900, 1500, 2500, 2600, 4000, 4090], dtype=torch.int32)
+
+    def function(*args: Tensor) -> Tensor:
+        return nn.functional.silu(torch.ops.pixelfly.grouped_linear(*args, 512, False)[0])
+
+    args = [x, blocks, u, v, ends, ops.support_index(support)]
+    codes = generate(function, args, target)
+    kernels = [binary for code in codes for binary in binaries(code, KNOWN[target]).values()]
+    assert len(kernels) == 5
+    for binary in kernels:
+        check_resources(binary, KNOWN[target])
+        assert dtype == torch.float32 or binary.tensor_core.get(TENSOR_CORES[target]), binary.name
 
 
 @needs_triton

@@ -265,3 +265,73 @@ def test_projection_and_its_adjoint(
     assert error(blocks, exact[0]) < tolerance and error(u, exact[1]) < tolerance
     exact_gradient = projection.project_adjoint(blocks.double(), u.double(), v, gram_inv, rows, cols)
     assert gradient.stride() == weight.stride() and error(gradient, exact_gradient) < 1e-5
+
+
+# ---- weights of several matrices ----
+
+
+def grouped(groups: int, rows: int, rank: int, dtype: torch.dtype, transposed: bool) -> list[Any]:
+    """x, blocks, u, v, index: of each group, but one factor is shared, as the basis is."""
+    each = [operands(UNEVEN, rows, rank, dtype, transposed) for _ in range(groups)]
+    x, _, u, v, index = each[0]
+    blocks, us, vs = (torch.stack([one[i] for one in each]) for i in (1, 2, 3))
+    return [x, blocks, u if transposed else us, vs if transposed else v, index]
+
+
+ENDS = torch.tensor([0, 7, 60, 60, 61, 110], dtype=torch.int32)  # of 117 rows: groups empty and not, seven in none
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_products_of_uneven_groups(dtype: torch.dtype, transposed: bool) -> None:
+    features = UNEVEN.in_features if transposed else UNEVEN.out_features
+    x, blocks, u, v, index = grouped(6, 117, 24, dtype, transposed)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        y, t = torch.ops.pixelfly.grouped_linear(x, blocks, u, v, ends, index, features, transposed)
+        return F.relu(y + 1), t
+
+    check(function, [x, blocks, u, v, ENDS, index], kernels=2 if transposed else 1)  # one for t, where v is of each
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_uneven_groups(dtype: torch.dtype) -> None:
+    a, x, t = (torch.randn(117, columns).to(dtype) for columns in (100, 150, 24))
+
+    def function(a: Tensor, x: Tensor, t: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        grads = torch.ops.pixelfly.grouped_block_grad(a, x, t, ends, index, 6, 32, 32)
+        return *grads, torch.ops.pixelfly.grouped_block_grad(a, x, None, ends, None, 6, 64, 150)[0]
+
+    check(function, [a, x, t, ENDS, ops.support_index(UNEVEN)], kernels=3)
+
+
+@interpreted
+def test_groups_of_equal_size() -> None:
+    x, blocks, u, v, index = grouped(3, 3 * 50, 16, torch.float32, False)
+
+    def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        x = x.unflatten(0, (3, -1))
+        pair = torch.ops.pixelfly.grouped_linear(x, blocks, u, v, None, index, UNEVEN.out_features, False)
+        g, x, t = pair[0].flatten(0, 1), x.flatten(0, 1), pair[1].flatten(0, 1)
+        return *pair, *torch.ops.pixelfly.grouped_block_grad(g, x, t, None, index, 3, 32, 32)
+
+    check(function, [x, blocks, u, v, index], kernels=3)
+
+
+@interpreted
+def test_groups_of_symbolic_rows() -> None:
+    support = flat_butterfly(128, 192, 64, 0)
+    blocks, index = torch.randn(2, support.nnz, 64, 64), ops.support_index(support)
+    args, other = (
+        [torch.randn(rows, 192), blocks, torch.tensor([rows // 3, rows - 1], dtype=torch.int32), index]
+        for rows in (100, 33)
+    )
+    torch._dynamo.mark_dynamic(args[0], 0)
+
+    def function(x: Tensor, blocks: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor]:
+        return (torch.ops.pixelfly.grouped_linear(x, blocks, None, None, ends, index, 128, False)[0],)
+
+    check(function, args, kernels=1, dynamic=None, other=other)
