@@ -91,7 +91,7 @@ def counted() -> Iterator[list[str]]:
         return lambda *args: called.append(name) or original(*args)
 
     with pytest.MonkeyPatch.context() as patches:
-        for name in ("linear", "block_grad"):
+        for name in ("linear", "block_grad", "grouped_linear", "grouped_block_grad"):
             patches.setattr(reference, name, counting(name, getattr(reference, name)))
         yield called
 
@@ -106,6 +106,22 @@ def test_forward_and_all_gradients(device: torch.device, dtype: torch.dtype, blo
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_sizes_and_an_uneven_support(device: torch.device, dtype: torch.dtype) -> None:
     check(layer, operands(UNEVEN, 77, 24, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_several_matrices(device: torch.device, dtype: torch.dtype) -> None:
+    """Uneven groups, an empty one, and rows that are in none; and as many rows for each."""
+    each = [operands(flat_butterfly(320, 256, 64, 1), 700, 32, dtype, device) for _ in range(4)]
+    x, v, index = each[0][0], each[0][3], each[0][5]
+    blocks, u = (torch.stack([one[place].detach() for one in each]).requires_grad_() for place in (1, 2))
+    ends = torch.tensor([100, 100, 450, 690], dtype=torch.int32, device=device)
+
+    def experts(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, ends: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+        grouped = torch.ops.pixelfly.grouped_linear
+        y = F.silu(grouped(x, blocks, u, v, ends, index, 320, False)[0])
+        return y, grouped(x, blocks, u, v, None, index, 320, False)[0]
+
+    check(experts, [x, blocks, u, v, ends, index])
 
 
 @pytest.mark.parametrize("rows", [1, 4096])
