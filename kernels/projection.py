@@ -15,7 +15,7 @@ C = ceil(in / b). Arithmetic is done in at least float32, also under autocast, a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -184,6 +184,13 @@ def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def matrices_of(dense: Tensor, blocks: Tensor, u: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """A weight's matrix and its parts, or those of each matrix of several."""
+    if dense.dim() == 2:
+        return iter([(dense, blocks, u)])
+    return zip(dense.unbind(), blocks.unbind(), u.unbind(), strict=True)
 
 
 def project_each(weight: Tensor, project: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

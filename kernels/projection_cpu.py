@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.projection import matrices_of
 
 if TYPE_CHECKING:
     from pixelfly_compiler.kernels.projector import Projector
@@ -66,7 +67,7 @@ def _compiling(dense: torch.dtype, part: torch.dtype) -> Callable[[], Any]:
 def applies(projector: Projector, weight: Tensor, part: torch.dtype) -> bool:
     """Can it project this weight to blocks and u of dtype `part`?"""
     rank = projector.v.shape[1]
-    fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride()
+    fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride()[-2:]
     return fits and rank > 0 and rank % 16 == 0 and projector.support.block % 16 == 0
 
 
@@ -92,7 +93,8 @@ def _run(function: Any, projector: Projector, dense: Tensor, blocks: Tensor, u: 
     index = support_index(support, dense.device)
     arrays = (index, index[support.block_rows + 1 :], *projector.padded_v, projector.gram_inv)
     sizes = (support.block, projector.v.shape[1], support.out_features, support.in_features)
-    problem = _Problem(*sizes, *dense.stride(), *(array.data_ptr() for array in arrays))
-    operands = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (dense, blocks, u))
-    function(ctypes.byref(problem), *operands, ctypes.c_int(torch.get_num_threads()))
+    problem = _Problem(*sizes, *dense.stride()[-2:], *(array.data_ptr() for array in arrays))
+    for parts in matrices_of(dense, blocks, u):
+        operands = (ctypes.c_void_p(tensor.data_ptr()) for tensor in parts)
+        function(ctypes.byref(problem), *operands, ctypes.c_int(torch.get_num_threads()))
     return True

@@ -5,6 +5,9 @@
 
 The products with the pseudo-inverses are a library's. The notation is that of `projection`. Every sum has one order, so
 that results repeat bit by bit. Rows beyond the weight's edge are computed as zeros, up to whole blocks.
+
+A weight of E matrices takes as many launches as one of one. What is outside of the support, u and h lie by block rows,
+(R, E, BLOCK, RANK), since a pseudo-inverse belongs to a block row.
 """
 
 from __future__ import annotations
@@ -37,14 +40,15 @@ _failures: list[Exception] = []
 
 @triton.jit
 def _times_v(  # type: ignore[no-untyped-def]
-    SOURCE,  # W (out, in), or g_blocks (nnz, BLOCK, BLOCK) if ADJOINT
+    SOURCE,  # W (E, out, in), or g_blocks (E, nnz, BLOCK, BLOCK) if ADJOINT
     V,  # (in, RANK)
-    G_U,  # (out, RANK) if ADJOINT
-    OUTSIDE,  # (R * BLOCK, RANK) float32
+    G_U,  # (E, out, RANK) if ADJOINT
+    OUTSIDE,  # (R, E, BLOCK, RANK) float32
     CROW,  # the blocks that are met, by rows: those outside of the support, or those on it if ADJOINT
     COL,
     out_features,
     in_features,
+    stride,  # of SOURCE, from matrix to matrix
     stride_out,
     stride_in,
     RANK: tl.constexpr,
@@ -57,6 +61,8 @@ def _times_v(  # type: ignore[no-untyped-def]
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    matrix = tl.program_id(2).to(tl.int64)
+    SOURCE += matrix * stride
     block_row = tl.program_id(0) * BLOCK_M // BLOCK
     first = tl.load(CROW + block_row)
     end = tl.load(CROW + block_row + 1)
@@ -75,23 +81,25 @@ def _times_v(  # type: ignore[no-untyped-def]
         at = k[:, None] * RANK + r[None, :]
         v = tl.load(V + at, mask=_both(k < in_features, r < RANK), other=0.0)
         acc = tl.dot(w.to(tl.float32), v, acc, input_precision=PRECISION)
-    at = rows[:, None] * RANK + r[None, :]
     if ADJOINT:
+        at = (matrix * out_features + rows)[:, None] * RANK + r[None, :]
         g_u = tl.load(G_U + at, mask=_both(rows < out_features, r < RANK), other=0.0)
         acc = g_u.to(tl.float32) - acc
+    at = _by_block_rows(rows, matrix, tl.num_programs(2), BLOCK)[:, None] * RANK + r[None, :]
     tl.store(OUTSIDE + at, acc, mask=(r < RANK)[None, :])
 
 
 @triton.jit
 def _kept_blocks(  # type: ignore[no-untyped-def]
-    W,  # (out, in)
-    U,  # (R * BLOCK, RANK) float32
+    W,  # (E, out, in)
+    U,  # (R, E, BLOCK, RANK) float32
     V,  # (in, RANK)
-    BLOCKS,  # (nnz, BLOCK, BLOCK)
+    BLOCKS,  # (E, nnz, BLOCK, BLOCK)
     ROW,  # of each kept block
     COL,
     out_features,
     in_features,
+    stride,
     stride_out,
     stride_in,
     RANK: tl.constexpr,
@@ -101,26 +109,30 @@ def _kept_blocks(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
 ):
     slot = tl.program_id(0)
+    matrix = tl.program_id(2).to(tl.int64)
     inside = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     across = tl.arange(0, BLOCK)
     rows = tl.load(ROW + slot) * BLOCK + inside
     k = tl.load(COL + slot) * BLOCK + across
     at = _places(rows, k, stride_out, stride_in)
-    w = tl.load(W + at, mask=_both(rows < out_features, k < in_features), other=0.0)
+    w = tl.load(W + matrix * stride + at, mask=_both(rows < out_features, k < in_features), other=0.0)
+    rows = _by_block_rows(rows, matrix, tl.num_programs(2), BLOCK)
     kept = w.to(tl.float32) - _lowrank(U, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
-    at = slot.to(tl.int64) * (BLOCK * BLOCK) + inside[:, None] * BLOCK + across[None, :]
+    at = (matrix * tl.num_programs(0) + slot) * (BLOCK * BLOCK) + inside[:, None] * BLOCK + across[None, :]
     tl.store(BLOCKS + at, kept.to(BLOCKS.dtype.element_ty))
 
 
 @triton.jit
 def _dense(  # type: ignore[no-untyped-def]
-    GRADIENT,  # (out, in)
-    H,  # (R * BLOCK, RANK) float32
+    GRADIENT,  # (E, out, in)
+    H,  # (R, E, BLOCK, RANK) float32
     V,  # (in, RANK)
-    G_BLOCKS,  # (nnz, BLOCK, BLOCK)
+    G_BLOCKS,  # (E, nnz, BLOCK, BLOCK)
     SLOT,  # (R, C) the place of each block among the kept ones, or -1
     out_features,
     in_features,
+    nnz,
+    stride,
     stride_out,
     stride_in,
     RANK: tl.constexpr,
@@ -132,13 +144,15 @@ def _dense(  # type: ignore[no-untyped-def]
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     across = tl.arange(0, BLOCK)
     k = tl.program_id(1) * BLOCK + across
+    matrix = tl.program_id(2).to(tl.int64)
     slot = tl.load(SLOT + (tl.program_id(0) * BLOCK_M // BLOCK) * tl.num_programs(1) + tl.program_id(1))
     if slot >= 0:
-        at = slot.to(tl.int64) * (BLOCK * BLOCK) + (rows % BLOCK)[:, None] * BLOCK + across[None, :]
+        at = (matrix * nnz + slot) * (BLOCK * BLOCK) + (rows % BLOCK)[:, None] * BLOCK + across[None, :]
         tile = tl.load(G_BLOCKS + at).to(tl.float32)
     else:
-        tile = _lowrank(H, V, rows, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
-    at = _places(rows, k, stride_out, stride_in)
+        of_h = _by_block_rows(rows, matrix, tl.num_programs(2), BLOCK)
+        tile = _lowrank(H, V, of_h, k, in_features, RANK, BLOCK_M, BLOCK, BLOCK_R, PRECISION)
+    at = matrix * stride + _places(rows, k, stride_out, stride_in)
     mask = _both(rows < out_features, k < in_features)
     tl.store(GRADIENT + at, tile.to(GRADIENT.dtype.element_ty), mask=mask)
 
@@ -147,6 +161,12 @@ def _dense(  # type: ignore[no-untyped-def]
 def _places(rows, k, stride_out, stride_in):  # type: ignore[no-untyped-def]
     """Where these rows and columns of the dense weight are stored."""
     return rows.to(tl.int64)[:, None] * stride_out + k.to(tl.int64)[None, :] * stride_in
+
+
+@triton.jit
+def _by_block_rows(rows, matrix, matrices, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where the rows of one matrix are in (R, E, BLOCK)."""
+    return rows + (rows // BLOCK * (matrices - 1) + matrix) * BLOCK
 
 
 @triton.jit
@@ -219,11 +239,12 @@ def _project(projector: Projector, weight: Tensor, blocks: Tensor, u: Tensor) ->
     support, v = projector.support, projector.v
     launch = _launch(projector, weight)
     outside = _outside(projector, weight, None, _elsewhere(support, v.device), weight, launch)
-    full = torch.bmm(outside, projector.gram_inv).flatten(0, 1)
-    u.copy_(full[: support.out_features])
+    full = torch.bmm(outside.flatten(1, 2), projector.gram_inv).view_as(outside)
+    u.copy_(full.transpose(0, 1).flatten(1, 2)[:, : support.out_features].view_as(u))
     _, col, row = _kept(support, v.device)
-    _kept_blocks[(support.nnz, support.block // launch.block_m)](
-        weight, full, v, blocks, row, col, *weight.shape, *weight.stride(), **_constants(projector, launch)
+    matrices, *sides, stride = _sizes(weight)
+    _kept_blocks[(support.nnz, support.block // launch.block_m, matrices)](
+        weight, full, v, blocks, row, col, *sides, stride, *weight.stride()[-2:], **_constants(projector, launch)
     )
 
 
@@ -232,11 +253,19 @@ def _adjoint(projector: Projector, gradient: Tensor, g_blocks: Tensor, g_u: Tens
     launch = _launch(projector, gradient)
     crow, col, _ = _kept(support, v.device)
     outside = _outside(projector, g_blocks, g_u, (crow, col), gradient, launch)
-    h = torch.bmm(outside, projector.gram_inv).flatten(0, 1)
+    h = torch.bmm(outside.flatten(1, 2), projector.gram_inv)
     slots = _slots(support, v.device)
-    _dense[(len(h) // launch.block_m, support.block_cols)](
-        gradient, h, v, g_blocks, slots, *gradient.shape, *gradient.stride(), **_constants(projector, launch)
+    matrices, *sides, stride = _sizes(gradient)
+    strides = (stride, *gradient.stride()[-2:])
+    _dense[(support.block_rows * (support.block // launch.block_m), support.block_cols, matrices)](
+        gradient, h, v, g_blocks, slots, *sides, support.nnz, *strides, **_constants(projector, launch)
     )
+
+
+def _sizes(weight: Tensor) -> tuple[int, int, int, int]:
+    """The number of matrices, their out and in, and the stride from one to the next."""
+    matrices, stride = (weight.shape[0], weight.stride(0)) if weight.dim() == 3 else (1, 0)
+    return matrices, weight.shape[-2], weight.shape[-1], stride
 
 
 def _outside(
@@ -247,10 +276,11 @@ def _outside(
     dense: Tensor,
     launch: ProjectionLaunch,
 ) -> Tensor:
-    """(R, BLOCK, RANK): what `_times_v` makes of the source and the blocks that are met."""
+    """(R, E, BLOCK, RANK): what `_times_v` makes of the source and the blocks that are met."""
     support, (_, rank) = projector.support, projector.v.shape
-    outside = projector.v.new_empty(support.block_rows, support.block, rank)
-    grid = (support.block_rows * (support.block // launch.rows), triton.cdiv(rank, launch.block_r))
+    matrices, *sides, stride = _sizes(dense)
+    outside = projector.v.new_empty(support.block_rows, matrices, support.block, rank)
+    grid = (support.block_rows * (support.block // launch.rows), triton.cdiv(rank, launch.block_r), matrices)
     constants = _constants(projector, launch) | {"BLOCK_M": launch.rows, "BLOCK_K": launch.block_k}
     _times_v[grid](
         source,
@@ -258,8 +288,9 @@ def _outside(
         projector.v if g_u is None else g_u,
         outside,
         *met,
-        *dense.shape,
-        *dense.stride(),
+        *sides,
+        stride if g_u is None else support.nnz * support.block**2,
+        *dense.stride()[-2:],
         ADJOINT=g_u is not None,
         **constants,
     )

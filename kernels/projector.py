@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pixelfly_compiler.kernels import projection, projection_cpu
 from pixelfly_compiler.kernels.gpus import why_no_kernels
+from pixelfly_compiler.kernels.projection import matrices_of
 from pixelfly_compiler.kernels.support import Support
 
 
@@ -45,32 +46,24 @@ class Projector:
         block, count = self.support.block, weight.shape[:-2]
         blocks = torch.empty(*count, self.support.nnz, block, block, dtype=dtype, device=weight.device)
         u = torch.empty(*count, self.support.out_features, self.v.shape[1], dtype=dtype, device=weight.device)
-        for parts in zip(_each(weight, 2), _each(blocks, 3), _each(u, 2), strict=True):
-            self._project(*parts)
+        native = self.native(weight, dtype)
+        if native is None or not native.project(self, weight, blocks, u):
+            rows, cols = self._index
+            for one, its_blocks, its_u in matrices_of(weight, blocks, u):
+                made = projection.project_fixed(one, self.v, self.gram_inv, rows, cols, block)
+                its_blocks.copy_(made[0])
+                its_u.copy_(made[1])
         return blocks, u
-
-    def _project(self, weight: Tensor, blocks: Tensor, u: Tensor) -> None:
-        native = self.native(weight, blocks.dtype)
-        if native is not None and native.project(self, weight, blocks, u):
-            return
-        rows, cols = self._index
-        made = projection.project_fixed(weight, self.v, self.gram_inv, rows, cols, self.support.block)
-        blocks.copy_(made[0])
-        u.copy_(made[1])
 
     def adjoint(self, g_blocks: Tensor, g_u: Tensor, like: Tensor) -> Tensor:
         """The gradient of the weight, with shape, dtype and strides of `like`, from those of (blocks, u)."""
         gradient = torch.empty_like(like)
         g_blocks, g_u = g_blocks.contiguous(), g_u.contiguous()
-        for parts in zip(_each(gradient, 2), _each(g_blocks, 3), _each(g_u, 2), strict=True):
-            self._adjoint(*parts)
-        return gradient
-
-    def _adjoint(self, gradient: Tensor, g_blocks: Tensor, g_u: Tensor) -> None:
         native = self.native(gradient, g_blocks.dtype) if g_blocks.dtype == g_u.dtype else None
-        if native is not None and native.adjoint(self, gradient, g_blocks, g_u):
-            return
-        gradient.copy_(projection.project_adjoint(g_blocks, g_u, self.v, self.gram_inv, *self._index))
+        if native is None or not native.adjoint(self, gradient, g_blocks, g_u):
+            for one, its_blocks, its_u in matrices_of(gradient, g_blocks, g_u):
+                one.copy_(projection.project_adjoint(its_blocks, its_u, self.v, self.gram_inv, *self._index))
+        return gradient
 
     def prepare(self, weight: Tensor, part: torch.dtype) -> None:
         """Begin to compile what will project this weight, if that is C++."""
@@ -84,8 +77,3 @@ class Projector:
 
             return projection_gpu if projection_gpu.applies(self, weight, part) else None
         return projection_cpu if weight.is_cpu and projection_cpu.applies(self, weight, part) else None
-
-
-def _each(parts: Tensor, dims: int) -> tuple[Tensor, ...]:
-    """The part of a weight, with so many dimensions, or those of each matrix of several."""
-    return parts.unbind() if parts.dim() > dims else (parts,)

@@ -267,6 +267,27 @@ def test_projection_and_its_adjoint(
     assert gradient.stride() == weight.stride() and error(gradient, exact_gradient) < 1e-5
 
 
+@interpreted
+@pytest.mark.parametrize("transposed", [False, True])
+def test_projection_of_several_matrices(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emitted import mended
+
+    from pixelfly_compiler.kernels import projection_gpu
+
+    monkeypatch.setattr(projection_gpu, "gpu_of", lambda device: KNOWN[TARGET])
+    monkeypatch.setattr(Projector, "native", lambda *args: projection_gpu)
+    projector = Projector.of(UNEVEN, 16, torch.device("cpu"))
+    weight = torch.randn(3, 150, 100).mT if transposed else torch.randn(3, 100, 150)
+    with mended():
+        blocks, u = projector.project(weight, torch.float32)
+        gradient = projector.adjoint(blocks, u, weight)
+        for place, one in enumerate(weight):
+            its_blocks, its_u = projector.project(one, torch.float32)
+            assert torch.equal(blocks[place], its_blocks) and torch.equal(u[place], its_u)
+            torch.testing.assert_close(gradient[place], projector.adjoint(its_blocks, its_u, one))
+    assert gradient.stride() == weight.stride() and not projection_gpu._failures
+
+
 # ---- weights of several matrices ----
 
 
