@@ -7,6 +7,7 @@ forward asks for; where that does not do, `FIELDS` and `INPUTS` say what does.
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import itertools
 import math
@@ -21,7 +22,18 @@ from zoo import without_dropout
 MOST_PARAMETERS = 60_000_000
 # Batch norms over few numbers amplify rounding without bounds, and a bias ahead of one has no gradient but rounding:
 # with running statistics neither is so.
-EVALUATED = ("deimv2", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "swiftformer", "upernet")
+EVALUATED = (
+    "deimv2",
+    "levit",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilevit",
+    "mobilevitv2",
+    "swiftformer",
+    "textnet",
+    "upernet",
+    "vitmatte",
+)
 # The first head that a family has is what is compiled.
 HEADS = [
     "CAUSAL_LM",
@@ -121,7 +133,12 @@ FIELDS: dict[str, dict[str, Any]] = {
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
     },
+    "chameleon": {"vocabulary_map": {"<image>": 99}},
+    "clap": {"audio_config": {"spec_size": 128, "num_mel_bins": 64, "hidden_size": 512}},
+    "csm": {"num_codebooks": 4, "codec_config": {"upsample_groups": 64}},
+    "cvt": {"patch_sizes": [7, 3, 3], "depth": [1, 2, 3]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "depth_anything": {
         "backbone_config": {
             "model_type": "dinov2",
@@ -154,6 +171,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
     },
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "hgnet_v2": {"stem_channels": [3, 32, 64]},
+    "instructblip": {"image_token_index": 99, "num_query_tokens": 4, "qformer_config": {"encoder_hidden_size": 64}},
     "kosmos-2": {"latent_query_num": 8},
     "kyutai_speech_to_text": {"num_codebooks": 3, "codec_config": {"upsample_groups": 64}},
     "layoutlmv3": {"coordinate_size": 11, "shape_size": 10, "input_size": 64},
@@ -165,13 +184,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "n_groups": 1},
     "mimi": {"upsample_groups": 64, "codebook_dim": 64, "vector_quantization_hidden_dimension": 64},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0], "text_hidden_size": 64}},
+    "musicgen": {"num_codebooks": 2},
+    "musicgen_decoder": {"num_codebooks": 2},
     "musicgen_melody": {"num_codebooks": 2},
     "nemotron_h": {"layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 4, "n_groups": 2},
     "olmo_hybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    "oneformer": {"decoder_layers": 2},
     "openai_privacy_filter": {"experts_implementation": "grouped_mm"},
     "patchtsmixer": {"d_model": 64},
     "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 1},
     "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
+    "poolformer": {"patch_sizes": [7, 3, 3, 3]},
+    "pvt": {"patch_sizes": [4, 2, 2, 2]},
     "reformer": {
         "axial_pos_embds_dim": [32, 32],
         "axial_pos_shape": [3, 4],
@@ -183,6 +207,24 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"num_hidden_layers": 2},
     "sam": {"vision_config": {"output_channels": 64, "num_pos_feats": 32, "global_attn_indexes": [0]}},
+    "sam2": {
+        "vision_config": {
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 32,
+                "image_size": [64, 64],
+                "embed_dim_per_stage": [32, 64, 128, 256],
+                "num_attention_heads": 1,
+                "num_attention_heads_per_stage": [1, 2, 4, 8],
+                "blocks_per_stage": [1, 1, 2, 1],
+                "window_size_per_stage": [4, 4, 4, 4],
+                "global_attention_blocks": [3],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+            "backbone_channel_list": [256, 128, 64, 32],
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+    },
     "seggpt": {
         "image_size": [64, 32],
         "pretrain_image_size": 32,
@@ -191,6 +233,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "intermediate_hidden_state_indices": [1],
     },
     "speech_to_text": {"num_conv_layers": 2, "conv_channels": 64},
+    "superglue": {"keypoint_detector_config": {"keypoint_decoder_dim": 65}},
+    "superpoint": {"keypoint_decoder_dim": 65},
     "time_series_transformer": {"context_length": 16, "num_time_features": 2},
     "tvp": {
         "max_img_size": 64,
@@ -202,25 +246,68 @@ FIELDS: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": {"num_filters": 4},
         "semantic_tokenizer_encoder_config": {"num_filters": 4},
     },
+    "vitmatte": {
+        "backbone_config": {
+            "model_type": "vitdet",
+            "hidden_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_channels": 4,
+            "image_size": 64,
+            "out_features": ["stage1"],
+        },
+        "hidden_size": 64,
+        "convstream_hidden_sizes": [16, 32, 32],
+        "fusion_hidden_sizes": [32, 32, 32, 16],
+    },
     "wav2vec2-bert": {"feature_projection_input_dim": 160},
     "xcodec": {"acoustic_model_config": {"downsampling_ratios": [8, 5, 4, 2]}},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "zamba2": {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"]},
+    "zoedepth": {
+        "backbone_config": {
+            "model_type": "beit",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 64,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            "reshape_hidden_states": False,
+        },
+        "bottleneck_features": 64,
+    },
 }
+WITH_IMAGE = torch.cat([torch.full((2, 4), 99), integers(3, 30, 2, 8)], 1)
 INPUTS: dict[str, dict[str, Any]] = {
-    "blip-2": {"input_ids": torch.cat([torch.full((2, 4), 99), integers(3, 30, 2, 8)], 1)},
+    "blip-2": {"input_ids": WITH_IMAGE},
+    "clap": {"input_features": floats(2, 1, 200, 64), "is_longer": torch.zeros(2, 1, dtype=torch.bool)},
+    "csm": {"input_ids": integers(3, 30, 2, 12, 4)},
+    "decision_transformer": {
+        "states": floats(2, 5, 17),
+        "actions": floats(2, 5, 4),
+        "rewards": floats(2, 5, 1),
+        "returns_to_go": floats(2, 5, 1),
+        "timesteps": integers(0, 5, 2, 5),
+        "attention_mask": ones(2, 5),
+    },
     "depth_pro": {"pixel_values": floats(1, 3, 128, 128)},
     "efficientloftr": {"pixel_values": floats(1, 2, 3, 64, 64)},
     "idefics": {"pixel_values": floats(2, 1, 3, 64, 64), "image_attention_mask": torch.ones(2, 12, 1)},
+    "instructblip": {"input_ids": WITH_IMAGE, "qformer_input_ids": integers(3, 30, 2, 8)},
     "kosmos-2": {"input_ids": integers(3, 30, 2, 12), "image_embeds_position_mask": torch.arange(12).expand(2, 12) < 8},
     "kyutai_speech_to_text": {"input_ids": integers(3, 30, 2, 8, 4)},
     "lxmert": {"visual_feats": floats(2, 5, 64), "visual_pos": floats(2, 5, 4)},
     "molmo2": {"mm_token_type_ids": zeros(2, 12)},
+    "oneformer": {"task_inputs": integers(0, 50, 2, 77)},
     "pp_ocrv5_mobile_rec": {"pixel_values": floats(2, 3, 96, 128)},
     "seggpt": {name: floats(2, 3, 32, 32) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")},
     "speech-encoder-decoder": {"input_values": floats(2, 8000)},
+    "superglue": {"pixel_values": floats(1, 2, 3, 64, 64)},
     "timesfm": {"past_values_padding": zeros(2, 512), "freq": zeros(2, 1)},
     "tvp": {"input_ids": integers(3, 30, 1, 12), "pixel_values": floats(1, 2, 3, 64, 64)},
+    "vitmatte": {"pixel_values": floats(2, 4, 64, 64)},
 }
 
 
@@ -292,7 +379,9 @@ def inputs_of(model: Any, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     forward = inspect.signature(model.forward).parameters
     required = {name for name, parameter in forward.items() if parameter.default is inspect.Parameter.empty}
-    asked = required | {model.main_input_name} | ({"pixel_values"} if "vision_config" in vars(model.config) else set())
+    main = model.main_input_name  # one, or a list
+    asked = required | set([main] if isinstance(main, str) else main)
+    asked |= {"pixel_values"} if "vision_config" in vars(model.config) else set()
     if model.config.is_encoder_decoder:
         asked |= {"decoder_input_ids", "future_values", "future_time_features"}
         asked |= {"attention_mask"} if "input_ids" in asked else set()  # without it Dynamo gives up on LongT5
@@ -349,13 +438,19 @@ def _pair(side: Any) -> tuple[int, int]:
 
 
 def classes_of(family: str) -> Iterator[Any]:
-    """The family's models, the most telling first."""
+    """The family's models, the most telling first; for a part of a model, what takes its configuration."""
     import transformers
+    from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto
 
-    for mapping in (*(f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS), "MODEL_MAPPING_NAMES"):
-        names = getattr(modeling_auto, mapping).get(family, ())
+    mappings = [*(f"MODEL_FOR_{head}_MAPPING_NAMES" for head in HEADS), "MODEL_MAPPING_NAMES"]
+    found = [names for mapping in mappings if (names := getattr(modeling_auto, mapping).get(family))]
+    for names in found:
         yield from (getattr(transformers, name) for name in ((names,) if isinstance(names, str) else names))
+    if not found:
+        config = CONFIG_MAPPING[family]
+        module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        yield from (one for one in reversed(vars(module).values()) if getattr(one, "config_class", None) is config)
 
 
 def build(family: str) -> tuple[nn.Module, dict[str, Any]]:
