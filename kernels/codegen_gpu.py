@@ -54,8 +54,9 @@ def generate(gm: GraphModule, example_inputs: Sequence[Any], gpu: Gpu, **kwargs:
     computed: dict[str, tuple[str, ...]] = {}
 
     def listen(name: str, origins: tuple[Node, ...]) -> None:
-        ours = tuple(sorted(node.name for node in origins if getattr(node.target, "namespace", None) == "pixelfly"))
-        computed[name] = tuple(dict.fromkeys((*computed.get(name, ()), *ours)))
+        # Through views Inductor also counts what computed the operands; the kernel's own node is the last of them.
+        ours = sorted(node for node in origins if getattr(node.target, "namespace", None) == "pixelfly")
+        computed[name] = (*computed.get(name, ()), *(node.name for node in ours[-1:]))
 
     moved, inputs = to_device(gm, example_inputs)
     with virtual_device(gpu), _untuned(), _not_loaded() as wrappers, _listening(listen):

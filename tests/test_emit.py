@@ -111,6 +111,22 @@ def test_a_kernel_of_weights_at_different_depths_is_reported(tmp_path: Path) -> 
     assert "0.weight, 1.0.weight (2)" in str(emission)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.gate(x)) * self.up(x))
+
+
+@needs_triton
+def test_a_kernel_serves_not_what_its_operands_come_from(tmp_path: Path) -> None:
+    emission = pixelfly_compiler.emit(Gated(), torch.randn(2, 64, 64), out_dir=tmp_path, force=True, block_size=16)
+    served = [kernel.sites for kernel in emission.kernels if kernel.sites]
+    assert sorted(served) == [("down.weight",), ("gate.weight",), ("up.weight",)]
+
+
 class Sliced(nn.Module):
     def __init__(self) -> None:
         super().__init__()
