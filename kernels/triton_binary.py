@@ -30,6 +30,7 @@ VECTOR_LOADS = (
     r"^\s*(?:@\S+\s+)?(?:cp\.async\.c[ag]\.shared\.global .*0x10|cp\.async\.bulk\.tensor|ld\.global\S*\.v4)"
     r"|global_load_dwordx4|buffer_load_dwordx4"
 )
+LOCAL_ARRAYS = r"^\s*\.local .*__local_depot\d+\[(\d+)\]"
 ASYNC_COPIES = r"^\s*(?:@\S+\s+)?cp\.async\.(?:c[ag]|bulk\.tensor)"
 
 
@@ -91,7 +92,7 @@ def load(path: Path) -> ModuleType:
 def describe(name: str, binary: Any) -> Binary:
     """What Triton has compiled."""
     assembly = binary.asm.get("ptx") or binary.asm["amdgcn"]
-    registers, spills = _amd_usage(assembly) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"])
+    registers, spills = _amd_usage(assembly) if "amdgcn" in binary.asm else _nvidia_usage(binary.asm["cubin"], assembly)
     counts = {kind: _count(pattern, assembly) for kind, pattern in TENSOR_CORE.items()}
     return Binary(
         name,
@@ -111,15 +112,18 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.MULTILINE))
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) per thread."""
+def _nvidia_usage(cubin: bytes, assembly: str) -> tuple[int, int]:
+    """(registers, bytes of local memory that they are spilled to) per thread. Arrays that the code declares itself, as
+    that of the sine and cosine of large arguments, are in local memory too, aligned to 8 bytes.
+    """
     tool = Path(_nvidia_folder()) / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", done.stdout)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    arrays = sum(-(-int(size) // 8) * 8 for size in re.findall(LOCAL_ARRAYS, assembly, re.MULTILINE))
+    return found["REG"], max(found["STACK"] + found["LOCAL"] - arrays, 0)
 
 
 def _nvidia_folder() -> str:

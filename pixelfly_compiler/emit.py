@@ -55,7 +55,7 @@ class EmittedKernel:
     """One Triton kernel: whose it is, what it needs, where its files are.
 
     `sites`: the weights that a kernel of ours serves; none for those that Inductor made of the rest of the model.
-    `spills`: bytes of local memory per thread. `seconds`: predicted for one call of ours, its product with v or u
+    `spills`: bytes of spilled registers per thread. `seconds`: predicted for one call of ours, its product with v or u
     included; none for others, and for what `sparsify_` made compact: the plan that it followed may be for other rows.
     """
 

@@ -253,6 +253,18 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert "triton_tem" in done.output and (tmp_path / "out" / "report.json").exists()
 
 
+class Rotary(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * x.cos()
+
+
+@needs_triton
+def test_arrays_in_local_memory_are_no_spills(tmp_path: Path) -> None:
+    (kernel,) = pixelfly_compiler.emit(Rotary(), torch.randn(4096), out_dir=tmp_path).kernels
+    assert "__local_depot" in (tmp_path / kernel.files[1]).read_text() and kernel.files[1].endswith(".ptx")
+    assert kernel.spills == 0
+
+
 @needs_triton
 def test_an_emission_without_anything_sparse_says_the_next_step(tmp_path: Path) -> None:
     model, args = nn.Linear(512, 512).bfloat16(), torch.randn(8, 512).bfloat16()
