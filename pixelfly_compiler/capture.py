@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -138,7 +140,8 @@ def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
         # A graph for each size that comes by: code for any size would know the flops of one of them.
         "automatic_dynamic_shapes": False,
     }
-    with torch.random.fork_rng(devices=devices), torch._dynamo.config.patch(settings), _forgotten_shapes():
+    patched = torch._dynamo.config.patch(settings)
+    with torch.random.fork_rng(devices=devices), _same_numbers(), patched, _forgotten_shapes():
         try:
             yield
         finally:
@@ -148,6 +151,17 @@ def _unchanged(model: nn.Module, inputs: Any) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, value in buffers + written:
                     tensor.copy_(value)
+
+
+@contextmanager
+def _same_numbers() -> Iterator[None]:
+    """Restore the random states of Python and NumPy: models draw from them too, as masks and layers to drop."""
+    before, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -428,6 +430,25 @@ def test_a_model_may_differentiate_in_its_forward() -> None:
     assert len(evaluated) == 2
     with torch.no_grad(), pytest.raises(RuntimeError, match="does not require grad"):
         plan(model, x, device=DEVICE)
+
+
+class Jittered(nn.Linear):
+    """Draws from Python's and NumPy's random numbers, as what masks speech does."""
+
+    @torch.compiler.disable
+    def factor(self) -> float:
+        return random.random() * float(np.random.rand())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor()
+
+
+def test_a_plan_draws_no_random_numbers() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    before = random.getstate(), np.random.get_state()[2]
+    plan(Jittered(64, 64), torch.randn(16, 64), device=DEVICE)
+    assert (random.getstate(), np.random.get_state()[2]) == before
 
 
 def test_a_plan_changes_nothing_of_the_model() -> None:
