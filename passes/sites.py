@@ -171,11 +171,15 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Found:
-    """What `find_sites` returns: sites, the matmuls of the eligible ones, and the parameters passed over."""
+    """What `find_sites` returns: sites, the matmuls of the eligible ones, and the parameters passed over.
+
+    `differentiates`: of a whole model, if it runs only with gradients on.
+    """
 
     sites: tuple[Site, ...]
     matches: tuple[Match, ...]
     skipped: tuple[Skipped, ...]
+    differentiates: bool = False
 
 
 # ---- one matmul ----

@@ -78,20 +78,25 @@ def capture(
     `training`: with gradients on, as custom autograd functions stay whole only then.
     """
     model = getattr(model, "_orig_mod", model)
-    records = _recorded(model, args, kwargs, training)
+    records, grad = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))
     named = _with_namesakes(named, namesakes(records, model))
-    return _with_the_unseen(_with_unseen_lookups(named, model), model)
+    listed = _with_the_unseen(_with_unseen_lookups(named, model), model)
+    return replace(listed, differentiates=grad and not training)
 
 
-def _recorded(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, grad: bool) -> list[Record]:
-    """Every run of a graph. A forward that differentiates, as from energies to forces, gets the caller's gradients."""
+def _recorded(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, grad: bool
+) -> tuple[list[Record], bool]:
+    """Every run of a graph, and if gradients were on: a forward that differentiates, as from energies to forces, gets
+    the caller's.
+    """
     records: list[Record] = []
     token = _records.set(records)
     try:
         run_once(model, args, kwargs, _recording_backend, grad=grad)
-        return records
+        return records, grad
     except Exception:  # whatever the model raises where it needs gradients; anything else it raises again
         if grad or not torch.is_grad_enabled():
             raise

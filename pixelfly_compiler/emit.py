@@ -112,8 +112,8 @@ def emit(
 ) -> Emission:
     """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels (source, machine code), report.json.
 
-    The model and its inputs stay on the CPU. `training` adds the gradients. `options` are those of `Config`:
-    budget=0.25, block_size=, ... What an earlier emission wrote to `out_dir` is removed. Raises `OptionError` for a
+    The model and its inputs stay on the CPU. `training` adds the gradients; a forward that differentiates, as from
+    energies to forces, has them anyway. `options` are those of `Config`: budget=0.25, block_size=, ... What an earlier emission wrote to `out_dir` is removed. Raises `OptionError` for a
     target that is not known, `EmitError` without Triton or for what is not on the CPU.
     """
     gpu = _gpu(target)
@@ -132,7 +132,8 @@ def emit(
     if compact and not options:
         found = dense_if_settled(found, set(weights))
     plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
-    with torch.set_grad_enabled(training):
+    gradients = training or found.differentiates
+    with torch.set_grad_enabled(gradients):
         configs = sparse_configs(found, plan)
         check_basis(plan, [weights[site.parameter] for site in found.sites if site.name in configs])
     if compact:
@@ -141,7 +142,7 @@ def emit(
         path.unlink(missing_ok=True)
     emitter = _Emitter(model, gpu, plan, folder, {site.name: site for site in found.sites})
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        run_once(model, positional, kwargs, emitter, grad=training)
+        run_once(model, positional, kwargs, emitter, grad=gradients)
     emission = Emission(target, emitter.folder, plan, tuple(emitter.wrappers), tuple(emitter.kernels))
     (emitter.folder / "report.json").write_text(emission.to_json())
     return emission

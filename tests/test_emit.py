@@ -205,6 +205,24 @@ def test_training_is_emitted_also_where_gradients_are_off(mode: Any, tmp_path: P
     assert emission.wrappers == ("forward_0.py", "backward_1.py")
 
 
+class Forces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.layers(x).square().sum(), x)[0]
+
+
+@needs_triton
+def test_a_forward_that_differentiates_gets_its_gradients(tmp_path: Path) -> None:
+    emission = pixelfly_compiler.emit(Forces(), torch.randn(64, 64), out_dir=tmp_path, force=True, block_size=16)
+    served = {(kernel.graph[:-2], site) for kernel in emission.kernels for site in kernel.sites}
+    weights = ("layers.0.weight", "layers.2.weight")
+    assert served == {(graph, weight) for graph in ("forward", "backward") for weight in weights}
+
+
 @needs_triton
 def test_what_sparsify_left_dense_stays_dense(tmp_path: Path) -> None:
     model, args = nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024)).bfloat16(), torch.randn(4096, 1024)
