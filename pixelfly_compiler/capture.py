@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pixelfly_compiler.errors import PlanError
 from pixelfly_compiler.names import namesakes
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
@@ -78,6 +79,8 @@ def capture(
     `training`: with gradients on, as custom autograd functions stay whole only then.
     """
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlanError("the model is TorchScript, which Dynamo does not look into", next_step="give the nn.Module")
     records, grad = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))

@@ -12,7 +12,8 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from pixelfly_compiler.capture import capture, run_once
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Plan
-from pixelfly_compiler.errors import EmitError, OptionError
+from pixelfly_compiler.emit_folder import KERNELS, REPORT, replaced_when_complete
+from pixelfly_compiler.errors import EmitError, OptionError, PixelflyError
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
 from pixelfly_compiler.passes.fold_densify import fold_densify
@@ -113,8 +115,10 @@ def emit(
     """Write the code of `model(*args, **kwargs)` for `target`: wrappers, kernels (source, machine code), report.json.
 
     The model and its inputs stay on the CPU. `training` adds the gradients; a forward that differentiates, as from
-    energies to forces, has them anyway. `options` are those of `Config`: budget=0.25, block_size=, ... What an earlier emission wrote to `out_dir` is removed. Raises `OptionError` for a
-    target that is not known, `EmitError` without Triton or for what is not on the CPU.
+    energies to forces, has them anyway. `options` are those of `Config`: budget=0.25, block_size=, ... What an earlier
+    emission wrote to `out_dir` is replaced when this one is complete. Raises `OptionError` for a target that is not
+    known, `EmitError` without Triton, for what is not on the CPU, for a folder that cannot be used, and where Inductor
+    or Triton fails.
     """
     gpu = _gpu(target)
     config, others = Config.from_options(options)
@@ -124,12 +128,26 @@ def emit(
     model = getattr(model, "_orig_mod", model)
     _check(model, (positional, kwargs))
     folder = Path(out_dir)
-    (folder / "kernels").mkdir(parents=True, exist_ok=True)
-    earlier = _written_before(folder)
+    with replaced_when_complete(folder) as scratch:
+        emission = _emit(model, positional, kwargs or {}, gpu, scratch, training, config, anew=bool(options))
+    return replace(emission, folder=folder)
+
+
+def _emit(
+    model: nn.Module,
+    positional: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    gpu: Gpu,
+    folder: Path,
+    training: bool,
+    config: Config,
+    anew: bool,
+) -> Emission:
+    """The emission, written to an empty folder. `anew`: with options of its own."""
     weights = {own_name(name): parameter for name, parameter in model.named_parameters()}
     found = capture(model, positional, kwargs, training=training)
     compact = compact_plan(model)
-    if compact and not options:
+    if compact and not anew:
         found = dense_if_settled(found, set(weights))
     plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
     gradients = training or found.differentiates
@@ -137,14 +155,15 @@ def emit(
         configs = sparse_configs(found, plan)
         check_basis(plan, [weights[site.parameter] for site in found.sites if site.name in configs])
     if compact:
-        plan = _with_compact(plan, compact, anew=bool(options))
-    for path in earlier:
-        path.unlink(missing_ok=True)
+        plan = _with_compact(plan, compact, anew)
     emitter = _Emitter(model, gpu, plan, folder, {site.name: site for site in found.sites})
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        run_once(model, positional, kwargs, emitter, grad=gradients)
-    emission = Emission(target, emitter.folder, plan, tuple(emitter.wrappers), tuple(emitter.kernels))
-    (emitter.folder / "report.json").write_text(emission.to_json())
+        try:
+            run_once(model, positional, kwargs, emitter, grad=gradients)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            raise failure.inner_exception from failure.inner_exception.__cause__
+    emission = Emission(gpu.target, folder, plan, tuple(emitter.wrappers), tuple(emitter.kernels))
+    (folder / REPORT).write_text(emission.to_json())
     return emission
 
 
@@ -171,22 +190,6 @@ def _check(model: Any, inputs: Any) -> None:
             )
 
 
-def _written_before(folder: Path) -> list[Path]:
-    """What an earlier emission says that it wrote to the folder."""
-    report = folder / "report.json"
-    if not report.exists():
-        return []
-    try:
-        written = json.loads(report.read_text())
-        names = [*written["wrappers"], *(file for kernel in written["kernels"] for file in kernel["files"])]
-        paths = [folder / name for name in names]
-        if not all(path.resolve().is_relative_to(folder.resolve()) for path in paths):
-            raise ValueError("it names files outside of its folder")
-    except (ValueError, KeyError, TypeError) as cause:
-        raise EmitError(f"{report} is not what emit wrote", next_step="choose another folder") from cause
-    return [*paths, report]
-
-
 def _with_compact(plan: Plan, compact: Plan, anew: bool) -> Plan:
     """The plan that a compact model was made with, then what was found in it now. `anew`: with options of its own."""
     entries = (*compact.sparse, *plan.entries)
@@ -204,6 +207,11 @@ class _Emitter:
         self.kernels: list[EmittedKernel] = []
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        with self._named("a graph"):
+            self._compile(gm, example_inputs)
+        return gm.forward
+
+    def _compile(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         graph = split_joined_weights(open_composites(own_copy(gm)))
         fold_densify(graph, lambda device: True)
         names = parameter_names_by_identity(graph, example_inputs, self.model)
@@ -221,14 +229,14 @@ class _Emitter:
         served |= _served_by_compact_models(positions, kept)
         with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
             inductor(graph, inputs, {}, inner_compile=_Writer(self, served))
-        return gm.forward
 
     def write(self, gm: GraphModule, example_inputs: Sequence[Any], sites: Mapping[str, str], **kwargs: Any) -> None:
         """Code, files and facts of one graph as AOTAutograd hands it over. `sites` of its nodes, by name."""
         from pixelfly_compiler.kernels.codegen_gpu import generate
 
         label = f"{'backward' if kwargs.get('is_backward') else 'forward'}_{len(self.wrappers)}"
-        code = generate(gm, example_inputs, self.gpu, **kwargs)
+        with self._named(label):
+            code = generate(gm, example_inputs, self.gpu, **kwargs)
         log.info("pixelfly: compiling %d kernels of %s for %s", len(code.kernels), label, self.gpu.target)
         wrapper = self.folder / f"{label}.py"
         wrapper.write_text(code.wrapper)
@@ -240,9 +248,10 @@ class _Emitter:
     def _kernel(self, name: str, source: str, label: str, sites: tuple[str, ...]) -> EmittedKernel:
         from pixelfly_compiler.kernels.triton_binary import compile_kernel
 
-        path = self.folder / "kernels" / f"{label}_{name}.py"
+        path = self.folder / KERNELS / f"{label}_{name}.py"
         path.write_text(source)
-        binary = compile_kernel(name, path, self.gpu)
+        with self._named(" of ".join([f"the kernel {name}", *sites[:1]])):
+            binary = compile_kernel(name, path, self.gpu)
         files = [path]
         for ending, content in binary.code.items():
             files.append(path.with_suffix(f".{ending}"))
@@ -261,6 +270,21 @@ class _Emitter:
             seconds=self._seconds(sites),
             files=tuple(str(file.relative_to(self.folder)) for file in files),
         )
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Tell of what an error of Inductor or Triton is. Ours tell it; after some Dynamo goes on in another way."""
+        from torch._dynamo import exc
+
+        try:
+            yield
+        except (PixelflyError, exc.RestartAnalysis, exc.SkipFrame, *exc.exceptions_allowed_to_be_fallback):
+            raise
+        except Exception as cause:
+            raise EmitError(
+                f"{what} cannot be compiled for {self.gpu.target}: {type(cause).__name__}: {str(cause)[:2000]}",
+                next_step="exclude its weights (exclude=[...]), or report it with the traceback of the cause",
+            ) from cause
 
     def _seconds(self, sites: tuple[str, ...]) -> float | None:
         entry = self.plan.find(sites[0]) if sites else None

@@ -53,7 +53,14 @@ def render_emission(emission: Emission) -> str:
         f"{emission.target}: {len(emission.kernels)} kernels, {len(emission.wrappers)} graphs", highlight=False
     )
     console.print(result)
-    if not any(kernel.sites for kernel in emission.kernels):
+    served = {site for kernel in emission.kernels for site in kernel.sites}
+    without = [entry.name for entry in emission.plan.sparse if entry.name not in served]
+    if without:
+        console.print(
+            f"No kernel serves {_common_name(without)} ({len(without)}), though the plan makes it sparse: its graph "
+            "could not be compiled, as TORCH_LOGS=graph_breaks tells."
+        )
+    elif not served:
         console.print(
             "Nothing is sparse, the plan says why. Where no sparse form is predicted faster, more rows "
             "(a larger batch) may make one so; --force (force=True) makes sites sparse all the same."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import pixelfly_compiler
 from pixelfly_compiler.cli import main
-from pixelfly_compiler.errors import EmitError, OptionError
+from pixelfly_compiler.errors import EmitError, OptionError, PlanError
 from pixelfly_compiler.kernels import ops
 from pixelfly_compiler.kernels.codegen_gpu import Code
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu, gpu_of, why_no_kernels
@@ -205,6 +205,26 @@ def test_training_is_emitted_also_where_gradients_are_off(mode: Any, tmp_path: P
     assert emission.wrappers == ("forward_0.py", "backward_1.py")
 
 
+class Masked(nn.Module):
+    """Its gradient has a shape that depends on data: AOTAutograd refuses the graph, and Dynamo runs it eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.masked = nn.Linear(64, 64), nn.Parameter(torch.zeros(64))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.layer(x)
+        y[mask] = self.masked
+        return self.layer(y)
+
+
+@needs_triton
+def test_a_graph_that_cannot_be_compiled_is_left_to_dynamo(tmp_path: Path) -> None:
+    args = torch.randn(64, 64), torch.rand(64) > 0.5
+    emission = pixelfly_compiler.emit(Masked(), args, out_dir=tmp_path, training=True, force=True, block_size=16)
+    assert not emission.kernels and "No kernel serves layer.weight (1)" in str(emission)
+
+
 class Forces(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -269,6 +289,21 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 0, done.output
     assert "triton_tem" in done.output and (tmp_path / "out" / "report.json").exists()
+
+
+@needs_triton
+def test_a_compact_model_keeps_its_plan_on_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import torch, pixelfly_compiler\n"
+        "def make():\n"
+        "    model, x = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), torch.randn(64, 64)\n"
+        "    kept = dict(force=True, block_size=16, budget=0.5, exclude=['1.weight'])\n"
+        "    return pixelfly_compiler.sparsify_(model, x, **kept), x\n"
+    )
+    done = CliRunner().invoke(main, ["emit", f"{file}:make", "--out-dir", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "sparsify_ left it dense" in done.output and "budget 50.0%" in done.output
 
 
 class Rotary(nn.Module):
@@ -338,6 +373,91 @@ def test_what_was_emitted_before_outlives_a_failure(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="'svd'"):
         pixelfly_compiler.emit(*mlp(), out_dir=tmp_path, basis="svd", force=True, training=True)
     assert {path.name for path in tmp_path.iterdir()} == {"kernels", "report.json", "forward_0.py"}
+
+
+def fails(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError("no layout")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("codegen_gpu.generate", "backward_1 cannot be compiled for cuda:90: ValueError: no layout"),
+        (
+            "triton_binary.compile_kernel",
+            "the kernel triton_tem_fused_linear_0 of 0.weight cannot be compiled for cuda:90",
+        ),
+    ],
+)
+def test_an_error_of_a_compiler_names_the_cause_and_changes_nothing(
+    where: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixelfly_compiler.kernels import codegen_gpu
+
+    def generate(gm: Any, inputs: Any, gpu: Gpu, **kwargs: Any) -> Code:
+        return fails() if kwargs.get("is_backward") else original(gm, inputs, gpu, **kwargs)
+
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    original = codegen_gpu.generate
+    monkeypatch.setattr(f"pixelfly_compiler.kernels.{where}", generate if "generate" in where else fails)
+    with pytest.raises(EmitError, match=message) as error:
+        pixelfly_compiler.emit(model, torch.randn(64, 64), out_dir=tmp_path, training=True, force=True, block_size=16)
+    assert "next step" in str(error.value) and isinstance(error.value.__cause__, ValueError)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["forward_0.py", "kernels/backward_1_triton_tem_fused_linear_0.cubin"])
+def test_files_of_others_are_not_overwritten(name: str, tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(EmitError, match=f"{name} is in no report[^$]*another folder"):
+        pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path)
+
+
+@needs_triton
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EmitError, match=r"cannot write to '[^']*/file/out': Not a directory[^$]*another folder"):
+        pixelfly_compiler.emit(nn.ReLU(), torch.randn(8), out_dir=tmp_path / "file" / "out")
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    model = torch.jit.script(nn.Linear(64, 64))
+    with pytest.raises(PlanError, match="TorchScript"):
+        pixelfly_compiler.emit(model, torch.randn(8, 64), out_dir=tmp_path)
+
+
+BAD_FACTORIES = {
+    "exits": ("sys.exit(3)", "raised SystemExit: 3"),
+    "wrong": ("return layer", r"must return \(model, args\)"),
+    "kwargs": ("return layer, (), [x]", "returned kwargs a list, which must be a dictionary of named arguments"),
+    "missing": ("return layer, ()", "does not run with its arguments: TypeError.*missing"),
+    "shape": (
+        "return layer, x[:, 1:], None",
+        r"does not run with its arguments: RuntimeError.*shapes[^$]*\(model, args",
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", BAD_FACTORIES)
+@pytest.mark.parametrize("command", ["emit", "plan"])
+def test_a_bad_factory_on_the_command_line(command: str, name: str, tmp_path: Path) -> None:
+    body, message = BAD_FACTORIES[name]
+    file = tmp_path / "model.py"
+    file.write_text(
+        f"import sys, torch\nlayer, x = torch.nn.Linear(64, 64), torch.randn(8, 64)\ndef make():\n    {body}\n"
+    )
+    out = ["--out-dir", str(tmp_path / "out")] if command == "emit" else []
+    done = CliRunner().invoke(main, [command, f"{file}:make", *out])
+    assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+    assert re.search(message, done.output), done.output
 
 
 @needs_triton
