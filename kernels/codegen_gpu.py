@@ -38,12 +38,12 @@ _PASSING = re.compile(r"^# (?:AOT ID|kernel path): .*\n", re.MULTILINE)  # a cou
 class Code:
     """What Inductor made of one graph: the wrapper's source, and by kernel name the Triton source of each kernel.
 
-    `nodes`: for our kernels, the names of the graph's nodes that they compute: several, if layers share a kernel.
+    `nodes`: for our kernels, the graph's nodes that they compute: several, if layers share a kernel.
     """
 
     wrapper: str
     kernels: dict[str, str]
-    nodes: dict[str, tuple[str, ...]]
+    nodes: dict[str, tuple[Node, ...]] = field(repr=False)
     graph: GraphModule = field(repr=False)
 
 
@@ -51,12 +51,12 @@ def generate(gm: GraphModule, example_inputs: Sequence[Any], gpu: Gpu, **kwargs:
     """The code of `gm`, a graph as AOTAutograd hands it to Inductor, for `gpu`. `kwargs`: compile_fx_inner's."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    computed: dict[str, tuple[str, ...]] = {}
+    computed: dict[str, tuple[Node, ...]] = {}
 
     def listen(name: str, origins: tuple[Node, ...]) -> None:
         # Through views Inductor also counts what computed the operands; the kernel's own node is the last of them.
         ours = sorted(node for node in origins if getattr(node.target, "namespace", None) == "pixelfly")
-        computed[name] = (*computed.get(name, ()), *(node.name for node in ours[-1:]))
+        computed[name] = (*computed.get(name, ()), *ours[-1:])
 
     moved, inputs = to_device(gm, example_inputs)
     with virtual_device(gpu), _untuned(), _not_loaded() as wrappers, _listening(listen):
