@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -42,11 +41,12 @@ from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
-from pixelfly_compiler.passes.rewrite import CompactInput, rewrite
+from pixelfly_compiler.passes.rewrite import rewrite
 from pixelfly_compiler.passes.sites import Site, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan
+from pixelfly_compiler.served import served_by_compact_models, served_by_the_rewrite, sites_of_nodes
 from pixelfly_compiler.sparsify import compact_plan
 
 log = logging.getLogger("pixelfly_compiler")
@@ -224,14 +224,16 @@ class _Emitter:
             compact = CompactInputs(rewritten.added, CompactWeights(), self.plan.basis)
             kept = rewritten.kept
             inputs = [example_inputs[position] for position in kept]
-            served = _served(rewritten.added, len(inputs), [(positions[site.parameter], site) for site in found.sites])
+            served = served_by_the_rewrite(
+                rewritten.added, len(inputs), [(positions[site.parameter], site) for site in found.sites]
+            )
             inputs += as_leaves(compact.examples(tuple(example_inputs)))
-        served |= _served_by_compact_models(positions, kept)
+        served |= served_by_compact_models(positions, kept)
         with torch._functorch.config.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True):
             inductor(graph, inputs, {}, inner_compile=_Writer(self, served))
 
-    def write(self, gm: GraphModule, example_inputs: Sequence[Any], sites: Mapping[str, str], **kwargs: Any) -> None:
-        """Code, files and facts of one graph as AOTAutograd hands it over. `sites` of its nodes, by name."""
+    def write(self, gm: GraphModule, example_inputs: Sequence[Any], sites: Mapping[Node, str], **kwargs: Any) -> None:
+        """Code, files and facts of one graph as AOTAutograd hands it over. `sites` of its nodes."""
         from pixelfly_compiler.kernels.codegen_gpu import generate
 
         label = f"{'backward' if kwargs.get('is_backward') else 'forward'}_{len(self.wrappers)}"
@@ -302,78 +304,5 @@ class _Writer:
     saved: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        self.emitter.write(gm, example_inputs, _sites_of_nodes(gm, self.served, self.saved), **kwargs)
+        self.emitter.write(gm, example_inputs, sites_of_nodes(gm, self.served, self.saved), **kwargs)
         return gm.forward
-
-
-# ---- which site a node of AOTAutograd's graphs belongs to ----
-
-_PRODUCTS = (torch.ops.pixelfly.linear.default, torch.ops.pixelfly.grouped_linear.default)
-_GRADIENTS = (torch.ops.pixelfly.block_grad.default, torch.ops.pixelfly.grouped_block_grad.default)
-
-
-def _served(added: Sequence[CompactInput], kept: int, sites: Sequence[tuple[int, Site]]) -> dict[int, str]:
-    """Position of a graph's input that holds the blocks of a weight, or of a part of one -> the site's name."""
-    names = {(position, site.region): site.name for position, site in sites}
-    return {kept + place: names[key.weight, key.region] for place, key in enumerate(added) if key.part == "blocks"}
-
-
-def _served_by_compact_models(positions: Mapping[str, int], kept: Sequence[int]) -> dict[int, str]:
-    """The same for the weights of a compact model: their blocks are a parameter of the model's own."""
-    found: dict[int, str] = {}
-    for name, position in positions.items():
-        blocks = re.fullmatch(r"(.*?)parametrizations\.(\w+)\.original0", name)
-        if blocks and position in kept:
-            found[kept.index(position)] = blocks[1] + blocks[2]
-    return found
-
-
-def _sites_of_nodes(gm: GraphModule, served: Mapping[int, str], saved: dict[str, str]) -> dict[str, str]:
-    """Node name -> site: an operator has its blocks from an input, or makes the gradient of that input.
-
-    What a compact model computes of its blocks, the backward may take from the forward: `saved`, by the node's name.
-    """
-    sites: dict[str, str] = {}
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    origins = {node: _input_of(node, place) for place, node in enumerate(placeholders)}
-    inputs = {node: served[origin] for node, origin in origins.items() if origin in served}
-    inputs |= {node: saved[node.name] for node in placeholders if node.name in saved}
-    gradients = _gradients(gm, served)
-    for node in gm.graph.nodes:
-        if node.target in _PRODUCTS:
-            source = _nearest(node.args[1], inputs.__contains__)
-            if source is not None:
-                sites[node.name] = saved[node.args[1].name] = inputs[source]
-        elif node.target in _GRADIENTS and node in gradients:
-            sites[node.name] = gradients[node]
-    return sites
-
-
-def _nearest(start: Node, is_wanted: Callable[[Node], bool]) -> Node | None:
-    """The node itself, or what it is computed from that is wanted, by as few operations as can be."""
-    front, seen = [start], {start}
-    while front:
-        found = next(filter(is_wanted, front), None)
-        if found is not None:
-            return found
-        front = list(dict.fromkeys(source for node in front for source in node.all_input_nodes if source not in seen))
-        seen.update(front)
-    return None
-
-
-def _input_of(node: Node, place: int) -> int:
-    """The forward's input that a placeholder is: AOTAutograd numbers them from 1, also where a backward takes some."""
-    number = re.fullmatch(r"primals_(\d+)", node.name)
-    return int(number[1]) - 1 if number else place
-
-
-def _gradients(gm: GraphModule, served: Mapping[int, str]) -> dict[Node, str]:
-    """Block gradients by the input whose gradient they end in: a backward returns one for each input of the forward."""
-    (output,) = (node for node in gm.graph.nodes if node.op == "output")
-    found: dict[Node, str] = {}
-    for place, value in enumerate(output.args[0]):
-        if place in served and isinstance(value, Node):
-            node = _nearest(value, lambda node: node.target in _GRADIENTS)
-            if node is not None:
-                found[node] = served[place]
-    return found

@@ -111,6 +111,27 @@ def test_a_kernel_of_weights_at_different_depths_is_reported(tmp_path: Path) -> 
     assert "0.weight, 1.0.weight (2)" in str(emission)
 
 
+class Branched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whether, self.otherwise = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: self.whether(x).sin(), lambda x: self.otherwise(x).exp(), (x,))
+
+
+@needs_triton
+def test_kernels_of_branches_serve_their_sites(tmp_path: Path) -> None:
+    emission = pixelfly_compiler.emit(
+        Branched(), torch.randn(64, 64), out_dir=tmp_path, training=True, force=True, block_size=16
+    )
+    ours = [kernel for kernel in emission.kernels if "triton_tem" in kernel.name]
+    forward = [kernel.sites for kernel in ours if kernel.graph == "forward_0"]
+    assert sorted(forward) == [("otherwise.weight",), ("whether.weight",)]
+    gradients = {site for kernel in ours if "block_grad" in kernel.name for site in kernel.sites}
+    assert gradients == {"otherwise.weight", "whether.weight"} and all(kernel.sites for kernel in ours)
+
+
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -278,6 +299,7 @@ def test_a_model_of_more_than_matmuls(tmp_path: Path) -> None:
     tokens = torch.randint(0, 100, (4, 64))
     emission = pixelfly_compiler.emit(model, tokens, out_dir=tmp_path, training=True, force=True)
     assert {"first.weight", "second.weight"} == {site for kernel in emission.kernels for site in kernel.sites}
+    assert all(kernel.sites for kernel in emission.kernels if "triton_tem" in kernel.name)  # also in the branch
     assert all("cpu" not in line for name in emission.wrappers for line in calls(tmp_path / name))
 
 
