@@ -62,10 +62,15 @@ class LinearLaunch:
     stages: int
     programs: int = 0
 
-    def shared_memory(self, itemsize: int) -> int:
-        """Bytes that the stages of the pipeline hold."""
+    def shared_memory(self, itemsize: int, rank: int) -> int:
+        """Bytes that the stages of the pipeline hold, in the larger of the loops over blocks and over the rank."""
         step = self.block_k * (self.block_m + self.block_n) * self.groups
-        return self.stages * step * itemsize
+        return max(self.stages * step * itemsize, self.low_rank_memory(itemsize, rank))
+
+    def low_rank_memory(self, itemsize: int, rank: int) -> int:
+        """Those of t and u; a single step is not pipelined."""
+        stages = self.stages if rank > self.block_r else 1
+        return stages * self.block_r * (self.block_m + self.block_n * self.groups) * itemsize
 
 
 @dataclass(frozen=True)
@@ -191,7 +196,7 @@ def _persistent(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> list[Line
     found = []
     for stages in (launch.stages, max(launch.stages // 2, 1)):
         fewer = replace(launch, stages=stages)
-        at_a_time = min(_room(gpu) // fewer.shared_memory(shape.itemsize), 2)
+        at_a_time = min(_room(gpu) // fewer.shared_memory(shape.itemsize, shape.rank), 2)
         found.append(replace(fewer, programs=at_a_time * gpu.multiprocessors))
     return found
 
@@ -210,13 +215,15 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
         if launch.block_n <= 64 and not shape.exact:  # each thread loads 16 bytes at a time
             step = launch.block_k * min(launch.block_m, launch.block_n) * shape.itemsize
             launch = replace(launch, warps=min(launch.warps, 4, max(step // (16 * gpu.warp), 1)))
-    while launch.stages > 1 and launch.shared_memory(shape.itemsize) > _room(gpu):
+    while launch.block_r > 16 and launch.low_rank_memory(shape.itemsize, shape.rank) > _room(gpu):
+        launch = replace(launch, block_r=launch.block_r // 2)
+    while launch.stages > 1 and launch.shared_memory(shape.itemsize, shape.rank) > _room(gpu):
         launch = replace(launch, stages=launch.stages - 1)
     return launch
 
 
 def _is_sound(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> bool:
-    fits = launch.shared_memory(shape.itemsize) <= _room(gpu)
+    fits = launch.shared_memory(shape.itemsize, shape.rank) <= _room(gpu)
     registers = launch.block_m * launch.block_n * launch.groups <= 128 * 128 * (launch.warps // 4 or 1)
     return fits and registers and launch.stages >= 1 and launch.block_m >= 16 and launch.block_k <= 128
 

@@ -638,7 +638,7 @@ def snapshot() -> dict[str, Any]:
 
 @functools.cache
 def compiled(
-    target: str, dtype: torch.dtype, block: int, rows: int, inputs: int = 1024, outputs: int = 1024
+    target: str, dtype: torch.dtype, block: int, rows: int, inputs: int = 1024, outputs: int = 1024, rank: int = 64
 ) -> list[Any]:
     """Forward with bias and GELU, input gradient and block gradient, compiled for the target."""
     from emitted import binaries, generate
@@ -646,7 +646,7 @@ def compiled(
     support = flat_butterfly(outputs, inputs, block, 1)
     x = torch.randn(rows, inputs, dtype=dtype, requires_grad=True)
     blocks = torch.randn(support.nnz, block, block, dtype=dtype, requires_grad=True)
-    u, v = torch.randn(outputs, 64, dtype=dtype, requires_grad=True), torch.randn(inputs, 64, dtype=dtype)
+    u, v = torch.randn(outputs, rank, dtype=dtype, requires_grad=True), torch.randn(inputs, rank, dtype=dtype)
     args = [x, blocks, u, v, ops.support_index(support), torch.randn(outputs).to(dtype)]
 
     def function(x: Tensor, blocks: Tensor, u: Tensor, v: Tensor, index: Tensor, bias: Tensor) -> Tensor:
@@ -716,6 +716,20 @@ def test_fp32_and_few_rows(target: str) -> None:
     few = [binary for block in (32, 64) for binary in compiled(target, torch.bfloat16, block, 16)]
     for binary in [*compiled(target, torch.float32, 64, 4096), *few]:
         check_resources(binary, KNOWN[target])
+
+
+@needs_triton
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
+def test_tf32_fits_the_shared_memory(target: str) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        made = compiled.__wrapped__(target, torch.float32, 128, 4096, rank=128)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    for binary in made:
+        assert binary.spills == 0 and binary.shared_memory <= KNOWN[target].shared_memory
+        assert binary.tensor_core.get(TENSOR_CORES[target])
 
 
 Layer = Callable[[Tensor], Tensor]
@@ -851,16 +865,16 @@ def test_without_its_kernels_the_projection_runs_as_plain_pytorch(
 
 
 @pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.target)
-@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("itemsize", "exact"), [(2, False), (4, True), (4, False)])
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 @pytest.mark.parametrize("rows", [1, 64, 4096])
-def test_every_launch_fits_its_gpu(gpu: Gpu, itemsize: int, size: int, rows: int) -> None:
-    shape = LinearShape(rows, 1024, 4096, size, size, 64, itemsize, exact=itemsize == 4, tma=gpu.has_tma)
+def test_every_launch_fits_its_gpu(gpu: Gpu, itemsize: int, exact: bool, size: int, rows: int) -> None:
+    shape = LinearShape(rows, 1024, 4096, size, size, 128, itemsize, exact, tma=gpu.has_tma)
     for launch in linear_launches(shape, gpu):
-        assert launch.shared_memory(itemsize) <= gpu.shared_memory
+        assert launch.shared_memory(itemsize, 128) <= gpu.shared_memory
         assert launch.block_n <= size and (launch.groups == 1 or launch.block_n == size)
         assert launch.programs == 0 or launch.block_k <= size
         assert launch.groups in (1, 2, 4) and launch.stages >= 1 and launch.warps in (1, 2, 4, 8)
-    grad = GradShape(rows, 4096 // size, 4 * 4096 // size, size, size, itemsize, itemsize == 4, gpu.has_tma)
+    grad = GradShape(rows, 4096 // size, 4 * 4096 // size, size, size, itemsize, exact, gpu.has_tma)
     for other in block_grad_launches(grad, gpu):
         assert other.shared_memory(grad) <= gpu.shared_memory and other.split <= max(rows // 512, 1)
