@@ -323,7 +323,8 @@ def test_a_compact_model_keeps_its_plan_on_the_command_line(tmp_path: Path) -> N
         "    kept = dict(force=True, block_size=16, budget=0.5, exclude=['1.weight'])\n"
         "    return pixelfly_compiler.sparsify_(model, x, **kept), x\n"
     )
-    done = CliRunner().invoke(main, ["emit", f"{file}:make", "--out-dir", str(tmp_path / "out")])
+    wide = CliRunner(env={"COLUMNS": "200"})
+    done = wide.invoke(main, ["emit", f"{file}:make", "--out-dir", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "sparsify_ left it dense" in done.output and "budget 50.0%" in done.output
 
