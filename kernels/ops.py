@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from pixelfly_compiler.kernels import reference
-from pixelfly_compiler.kernels.projection import gather_blocks
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
@@ -234,38 +233,23 @@ def tall_product(a: Tensor, b: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ densify
 
 
-@torch.library.custom_op("pixelfly::densify", mutates_args=())
 def _densify(
     blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
 ) -> Tensor:
-    """W = scatter(blocks) + u v^T, (out_features, in_features), with square blocks."""
+    """W = scatter(blocks) + u v^T, (out_features, in_features), with square blocks.
+
+    Composed of PyTorch's own operators, which all of autograd and torch.func go through: eager models run it too.
+    """
     return reference.densify(blocks, u, v, index, out_features, in_features)
 
 
-@_densify.register_fake
-def _(
-    blocks: Tensor, u: Tensor | None, v: Tensor | None, index: Tensor | None, out_features: int, in_features: int
-) -> Tensor:
-    return blocks.new_empty(out_features, in_features)
-
-
-def _densify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    blocks, u, v, index, out_features, in_features = inputs
-    ctx.layout = out_features, in_features, blocks.shape[-1]
-    ctx.save_for_backward(u, v, index)
-
-
-def _densify_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    u, v, index = ctx.saved_tensors
-    need_blocks, need_u, need_v = ctx.needs_input_grad[:3]
-    g_blocks = None
-    if need_blocks:
-        rows, cols = (i.to(g.device) for i in SupportIndex.coordinates(index, *ctx.layout))
-        g_blocks = gather_blocks(g, rows, cols, ctx.layout[2])
-    return g_blocks, g @ v if need_u else None, g.mT @ u if need_v else None, None, None, None
-
-
-_densify.register_autograd(_densify_backward, setup_context=_densify_setup)
+torch.library.define(
+    "pixelfly::densify",
+    torch.library.infer_schema(_densify, mutates_args=()),
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    torch.library.impl("pixelfly::densify", _key)(_densify)
 
 
 # ----------------------------------------------------------------------------------------------------------- autocast

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from numerics import assert_as_good_as, to_double
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch._functorch import config as functorch_config
+from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
@@ -275,6 +277,27 @@ def test_a_dense_model_beside_a_compact_one_is_made_sparse() -> None:
         y = torch.compile(dense, backend="pixelfly", options=OPTIONS)(X)
         torch.testing.assert_close(y, pf.project_(dense, plan)(X), rtol=1e-4, atol=1e-5)
     assert compact.head.out.weight.shape == (IN, IN)
+
+
+def test_computed_factors_in_place_of_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs, the model has tensors that are no parameters."""
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: gm.forward)
+    model = net()
+    doubled = {name: 2 * value for name, value in model.named_parameters()}
+    compiled = torch.compile(model, backend="pixelfly", fullgraph=True)
+    y = functional_call(compiled, {f"_orig_mod.{name}": value for name, value in doubled.items()}, X)
+    torch.testing.assert_close(y, functional_call(model, doubled, X), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_inside_of_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model = net()
+    loss = lambda parts, x: functional_call(model, parts, x).square().sum()  # noqa: E731
+    parts = dict(model.named_parameters())
+    ours = torch.compile(torch.func.grad(loss), backend="pixelfly", fullgraph=True)(parts, X)
+    exact = torch.autograd.grad(loss(parts, X), list(parts.values()))
+    for mine, plain in zip(ours.values(), exact, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_other_backends_densify() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -162,6 +164,36 @@ def test_densify_opcheck_and_derivatives(rank: int, has_index: bool) -> None:
     assert torch.autograd.gradgradcheck(weight, tensors)
     u, v = tensors[1:] or (None, None)
     torch.library.opcheck(torch.ops.pixelfly.densify.default, (tensors[0], u, v, index, 5, 6))
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+def test_densify_under_transforms_of_torch_func(rank: int) -> None:
+    support = SUPPORTS[1]
+    parts = [part for part in compact(support, rank) if part is not None]
+    index, sizes = ops.support_index(support), (support.out_features, support.in_features)
+    g = torch.randn(sizes).double()
+
+    def loss(*parts: Tensor) -> Tensor:
+        blocks, u, v = (*parts, None, None)[:3]
+        return (torch.ops.pixelfly.densify(blocks, u, v, index, *sizes).square() * g).sum()
+
+    places = tuple(range(len(parts)))
+    gradients = torch.func.grad(loss, places)(*parts)
+    for ours, exact in zip(
+        gradients,
+        torch.autograd.grad(loss(*(part.requires_grad_() for part in parts)), parts),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, exact)
+    parts = [part.detach() for part in parts]
+    _, change = torch.func.jvp(loss, tuple(parts), tuple(parts))
+    torch.testing.assert_close(change, sum((p * q).sum() for p, q in zip(parts, gradients, strict=True)))
+    several = [torch.stack([part, -part]) for part in parts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, of what it runs one by one
+        each = torch.func.vmap(torch.func.grad(loss, places))(*several)
+    for ours, exact in zip(each, torch.func.grad(loss, places)(*(-part for part in parts)), strict=True):
+        torch.testing.assert_close(ours[1], exact)
 
 
 def test_densify_is_exact_under_autocast_and_rounds_once_in_low_precision() -> None:
