@@ -160,7 +160,8 @@ def has_kernels(device: torch.device) -> bool:
 def settled_weights(names: Mapping[str, str], nodes: Sequence[Node], example_inputs: Sequence[Any]) -> set[str]:
     """The names of those weights whose model was made compact: they are what `sparsify_` left dense."""
     settled = dense_parameters_of_compact_models()
-    return {names[node.name] for node, value in zip(nodes, example_inputs, strict=False) if id(value) in settled}
+    values = {node.name: value for node, value in zip(nodes, example_inputs, strict=False)}
+    return {name for node, name in names.items() if id(values[node]) in settled}
 
 
 def dense_if_settled(found: Found, settled: set[str]) -> Found:
