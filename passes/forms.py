@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import operator
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from pixelfly_compiler.passes.regions import Layout
 from pixelfly_compiler.passes.weights import Selection, is_call, may_write, value_of
 
 Step = Callable[..., Any]  # of a tensor, or of a proxy for one
@@ -45,7 +46,8 @@ class Operands:
     """A node's arguments in their parts. `addend` is added to what `leave` returns.
 
     `given` are nodes that `enter`, `leave` and `ends` take behind the tensor. `ends(enter(x, *given), *given)` is
-    (matrices,) int32; without it each matrix meets as many rows.
+    (matrices,) int32; without it each matrix meets as many rows. `apart`, if there is one: the same, where several
+    matrices are joined to one since all rows meet them, without joining them.
     """
 
     x: object
@@ -57,6 +59,7 @@ class Operands:
     leave: Step = same
     given: tuple[Node, ...] = ()
     ends: Step | None = None
+    apart: Callable[[], Operands | None] | None = None
 
 
 def _linear(node: Node, operand: Node) -> Operands | None:
@@ -136,49 +139,15 @@ def _matmul(node: Node, operand: Node) -> Operands | None:
 
 
 def _batched(left: Any, right: Any, operand: Node) -> Operands | None:
-    """A product with several matrices, (n, in, out) on the right or (n, out, in) on the left; x may be broadcast."""
+    """A product with several matrices, (..., in, out) on the right or (..., out, in) on the left."""
     turn = left is operand
-    x, groups, shape = (right if turn else left), _shape(operand)[0], _shape(right if turn else left)
-    if len(_shape(operand)) != 3 or len(shape) < 2:
-        return None
-    few = len(shape) == 2 or (isinstance(shape[-3], int) and shape[-3] == 1)
-    if groups == 1 and not few:  # one for all of x
-        return Operands(
-            x,
-            operand,
-            matrix=same if turn else transpose,
-            enter=partial(_ahead, turn=turn),
-            leave=partial(_not_ahead, turn=turn),
-        )
-    if not few and shape[-3] != groups:
-        return None
-    return Operands(
-        x,
-        operand,
-        matrix=same if turn else transpose,
-        enter=partial(_matrices_first, dims=len(shape), turn=turn, groups=groups if few else None),
-        leave=partial(_matrices_back, dims=len(shape), turn=turn),
-    )
-
-
-def _matrices_first(x: Any, dims: int, turn: bool, groups: Any = None) -> Any:
-    """(..., n, rows, in) -> (n, ..., rows, in), from (..., n, in, rows) if `turn`; for all of `groups` if x has one."""
-    x = x.transpose(-1, -2) if turn else x
-    x = x.movedim(-3, 0) if dims > 3 else x
-    return x if groups is None else x.expand(groups, *(-1,) * (max(dims, 3) - 1))
-
-
-def _matrices_back(y: Any, dims: int, turn: bool) -> Any:
-    y = y.movedim(0, -3) if dims > 3 else y
-    return y.transpose(-1, -2) if turn else y
-
-
-def _ahead(x: Any, turn: bool) -> Any:
-    return (x.transpose(-1, -2) if turn else x).unsqueeze(0)
-
-
-def _not_ahead(y: Any, turn: bool) -> Any:
-    return y.squeeze(0).transpose(-1, -2) if turn else y.squeeze(0)
+    x = right if turn else left
+    of_x, of_weight, of_result = ("kr", "nk", "nr") if turn else ("rk", "kn", "rn")
+    if len(_shape(x)) == 1:
+        of_x, of_result = "k", "n"
+    several = string.ascii_uppercase[: max(len(_shape(x)), len(_shape(operand))) - 2]
+    of_weight = several[len(several) + 2 - len(_shape(operand)) :] + of_weight
+    return _contraction(x, operand, several + of_x, of_weight, several + of_result)
 
 
 def _bmm(node: Node, operand: Node) -> Operands | None:
@@ -223,14 +192,16 @@ def _as_int32(_: Any, offs: Any) -> Any:
     return offs.to(torch.int32)
 
 
-def selected(operands: Operands, selection: Selection, matrix: torch.Tensor) -> Operands | None:
+def selected(operands: Operands, selection: Selection, matrix: Layout) -> Operands | None:
     """The operands of a matmul with what an index from data picks, as those of one with all matrices.
 
-    One index: all rows meet the matrix that it picks. Several: the rows are sorted by them.
+    One index, or a list of one: all rows meet the matrix that it picks. Several: the rows are sorted by them.
     """
-    if operands.given or matrix.dim() != (3 if selection.several else 2):
+    is_list = len(matrix.dims) == 3
+    is_one = len(matrix.dims) == 2 and (not selection.several or len(_shape(operands.weight)) == 3)
+    if operands.given or not (is_one or (is_list and selection.several)):
         return None
-    if selection.several:
+    if is_list:
         return replace(
             operands,
             enter=partial(_sorted, enter=operands.enter, matrices=selection.count),
@@ -289,30 +260,104 @@ def einsum_operands(node: Node) -> Sequence[Any]:
     return operands[0] if isinstance(operands[0], tuple | list) else operands
 
 
-def _contraction(x: object, weight: object, of_x: str, of_weight: str, of_result: str) -> Operands | None:
-    """The sum over the letters that x and the weight share, as einsum means it."""
+def _contraction(
+    x: object, weight: object, of_x: str, of_weight: str, of_result: str, join: bool = True
+) -> Operands | None:
+    """The sum over the letters that x and the weight share, as einsum means it; x may lack its first dimensions, as if
+    they were 1 wide.
+
+    Where one of the two is 1 wide in a letter that stays, or x repeats itself, the letter is the other's alone: several
+    matrices which all rows meet are one. Without `join` they stay several, and x is repeated.
+    """
+    missing, sizes = len(of_x) - len(_shape(x)), dict(zip(of_weight, _shape(weight), strict=True))
+    of_x_sizes = dict(zip(of_x, (*(1,) * missing, *_shape(x)), strict=True))
+    of_both = [letter for letter in of_weight if letter in of_x and letter in of_result]
+    single = [letter for letter in of_both if _is_one(sizes[letter])]
+    met_by_all = [
+        letter
+        for letter in of_both
+        if join
+        and letter not in single
+        and _is_repeated(x, of_x.index(letter) - missing)
+        and not _is_repeated(weight, of_weight.index(letter))
+    ]
+    wide = {letter: sizes[letter] for letter in of_both if letter not in (*single, *met_by_all)}
+    wide = {letter: n for letter, n in wide.items() if _is_one(of_x_sizes[letter]) and not _is_one(n)}
+    if any(not isinstance(n, int) for n in wide.values()):
+        return None
+    ready = partial(
+        _ready,
+        missing=missing,
+        sizes=[wide.get(letter, -1) for letter in of_x] if wide else [],
+        dropped=[of_x.index(letter) for letter in met_by_all],
+    )
+    kept = partial(_first_of, dims=[of_weight.index(letter) for letter in single])
+    product = _product(
+        {letter: n for letter, n in (of_x_sizes | wide).items() if letter not in met_by_all},
+        {letter: n for letter, n in sizes.items() if letter not in single},
+        of_result,
+    )
+    if product is None:
+        return None
+    apart = partial(_contraction, x, weight, of_x, of_weight, of_result, join=False)
+    return replace(
+        product,
+        x=x,
+        weight=weight,
+        matrix=partial(_then, first=kept, step=product.matrix),
+        enter=partial(_then, first=ready, step=product.enter),
+        apart=apart if met_by_all else None,
+    )
+
+
+def _product(of_x: Mapping[str, Any], of_weight: Mapping[str, Any], of_result: str) -> Operands | None:
+    """The same for letters, with their sizes, that mean the same in both."""
     contracted = [letter for letter in of_weight if letter not in of_result]
     matrices = [letter for letter in of_weight if letter in of_result and letter in of_x]
     outs = [letter for letter in of_weight if letter in of_result and letter not in of_x]
     rows = [*matrices, *(letter for letter in of_x if letter in of_result and letter not in matrices)]
     if not contracted or not outs or set(of_x) - set(rows) != set(contracted):
         return None
-    sizes = dict(zip(of_weight, _shape(weight), strict=True))
-    if any(isinstance(n, int) and n != sizes.get(letter, n) for letter, n in zip(of_x, _shape(x), strict=True)):
+    if any(isinstance(n, int) and n != of_weight.get(letter, n) for letter, n in of_x.items()):
         return None  # one of them is 1, and broadcast
+    places_of_x, places_of_weight = list(of_x), list(of_weight)
     order = [[*rows, *outs].index(letter) for letter in of_result]
     return Operands(
-        x,
-        weight,
+        None,
+        None,
         matrix=partial(
             _as_matrix,
-            order=[of_weight.index(letter) for letter in matrices + outs + contracted],
+            order=[places_of_weight.index(letter) for letter in matrices + outs + contracted],
             matrices=len(matrices),
             rows=len(outs),
         ),
-        enter=partial(_last, order=[of_x.index(letter) for letter in rows + contracted], count=len(contracted)),
-        leave=partial(_spread, sizes=[sizes[letter] for letter in outs], order=order),
+        enter=partial(_last, order=[places_of_x.index(letter) for letter in rows + contracted], count=len(contracted)),
+        leave=partial(_spread, sizes=[of_weight[letter] for letter in outs], order=order),
     )
+
+
+def _then(x: Any, first: Step, step: Step) -> Any:
+    return step(first(x))
+
+
+def _ready(x: Any, missing: int, sizes: Sequence[int], dropped: Sequence[int]) -> Any:
+    """x with the dimensions that it lacks, those repeated that have a size, and without what repeats itself."""
+    for _ in range(missing):
+        x = x.unsqueeze(0)
+    return _first_of(x.expand(*sizes) if sizes else x, dropped)
+
+
+def _is_one(size: object) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _is_repeated(argument: object, dim: int) -> bool:
+    """Is this tensor the same at all places of a dimension, or has it none at such a place?"""
+    value = value_of(argument)
+    if value is None or value.is_nested or value.layout is not torch.strided:
+        return False
+    stride = value.stride(dim) if dim >= 0 else 0
+    return (isinstance(stride, int) and stride == 0) or _is_one(value.shape[dim])
 
 
 def _tensordot(node: Node, operand: Node) -> Operands | None:
@@ -343,18 +388,20 @@ def _letters_of_tensordot(left: int, right: int, dims: Any) -> tuple[str, str, s
 
 
 def _letters(equation: str, dims: Sequence[int]) -> list[str] | None:
-    """The letters of both operands and of the result; an ellipsis becomes capital Greek. None if one is repeated."""
+    """The letters of both operands and of the result; an ellipsis becomes Greek. None if one is repeated."""
     inputs, arrow, result = equation.partition("->")
     parts = inputs.split(",")
     if len(parts) != 2:
         return None
     if not arrow:
-        result = "".join(sorted(letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1))
-    more = ["".join(chr(0x391 + i) for i in range(dim - len(part) + 3)) for part, dim in zip(parts, dims, strict=True)]
-    if "..." in parts[0] and "..." in parts[1]:
-        return None
-    dots = next((m for part, m in zip(parts, more, strict=True) if "..." in part), "")
-    parts = [part.replace("...", dots) for part in (*parts, result)]
+        once = sorted(letter for letter in inputs if letter.isalpha() and inputs.count(letter) == 1)
+        result = "".join(["..." if "..." in inputs else "", *once])
+    more = [dim - len(part) + 3 if "..." in part else 0 for part, dim in zip(parts, dims, strict=True)]
+    greek = "".join(chr(0x3B1 + i) for i in range(max(more)))
+    parts = [
+        part.replace("...", greek[max(more) - n :])
+        for part, n in zip((*parts, result), (*more, max(more)), strict=True)
+    ]
     return None if any(len(set(part)) < len(part) for part in parts) else parts
 
 
@@ -363,6 +410,13 @@ def _as_matrix(weight: Any, order: Sequence[int], matrices: int, rows: int) -> A
     turned = turned.flatten(0, matrices - 1) if matrices else turned
     first = 1 if matrices else 0
     return turned.flatten(first, first + rows - 1).flatten(first + 1)
+
+
+def _first_of(x: Any, dims: Sequence[int]) -> Any:
+    """x without these dimensions: what it is at their first places."""
+    for dim in sorted(dims, reverse=True):
+        x = x.select(dim, 0)
+    return x
 
 
 def _last(x: Any, order: Sequence[int], count: int) -> Any:

@@ -26,18 +26,17 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
 from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
+from pixelfly_compiler.passes.regions import Copies, Layout, Region, overlap
 from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.scopes import Hidden, Scopes
 from pixelfly_compiler.passes.weights import (
     FLOATS,
-    Region,
     Use,
     called,
     is_call,
     is_cast,
     may_write,
     only_looks,
-    overlap,
     parameter_names,
     placeholders,
     qualified_name,
@@ -190,13 +189,15 @@ def _match(use: Use, name: str, shape: Sequence[int], hidden: Hidden) -> Match |
     operands, out = operands_of(use.user, use.operand), value_of(use.user)
     if operands is None or out is None or out.is_nested:
         return None
-    matrix = _matrix(operands, use.view)
-    if matrix is not None and use.selection is not None:
+    if use.selection is not None and operands.apart is not None:
+        operands = operands.apart()
+    matrix = None if operands is None else _matrix(operands, use)
+    if operands is not None and matrix is not None and use.selection is not None:
         operands = selected(operands, use.selection, matrix)
-        matrix = use.selection.all_of(matrix)
+        matrix = use.selection.all_of(replace(matrix, dims=matrix.dims[-2:]))
     elif matrix is not None and _is_expanded(matrix, shape):
-        matrix = matrix[0]
-    if operands is None or matrix is None or matrix.dim() not in (2, 3):
+        matrix = replace(matrix, dims=matrix.dims[1:])
+    if operands is None or matrix is None or len(matrix.dims) not in (2, 3):
         return None
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
@@ -209,12 +210,12 @@ def _match(use: Use, name: str, shape: Sequence[int], hidden: Hidden) -> Match |
         node=use.user,
         x=operands.x,  # type: ignore[arg-type]  # `operands_of` has seen that it is a node
         weight=use.operand,
-        transposed=Region.is_flipped(matrix),
+        transposed=matrix.is_flipped,
         operands=operands,
         out_features=out_features,
         in_features=in_features,
         region=None if region.is_all_of(shape) else region,
-        matrices=matrix.shape[0] if matrix.dim() == 3 else None,
+        matrices=matrix.shape[0] if len(matrix.dims) == 3 else None,
         bias=bias,
         addend=addend,
         rows=use.times * math.prod(map(hint, sizes)) // max(out_features, 1),
@@ -246,18 +247,21 @@ def _is_reshaped(use: Use, scopes: Scopes) -> bool:
     return not scopes.reshaped.isdisjoint((use.user, *use.user.all_input_nodes, *index))
 
 
-def _matrix(operands: Operands, view: torch.Tensor) -> torch.Tensor | None:
-    """The weight as (out, in), if that is a view of it."""
+def _matrix(operands: Operands, use: Use) -> Layout | None:
+    """Where the weight as (out, in) lies in the parameter; None if it does not."""
     try:
-        matrix = operands.matrix(view)
+        with Copies(use.view, use.origin) as copies:
+            matrix = operands.matrix(use.view)
     except (RuntimeError, IndexError):
         return None
-    return matrix if matrix.untyped_storage()._cdata == view.untyped_storage()._cdata else None
+    return Layout.of(matrix).within(copies.origin(matrix)) if copies.shows(matrix) else None
 
 
-def _is_expanded(matrix: torch.Tensor, shape: Sequence[int]) -> bool:
+def _is_expanded(matrix: Layout, shape: Sequence[int]) -> bool:
     """Are these several matrices only one, which all rows meet?"""
-    return matrix.dim() == 3 and (matrix.stride(0) == 0 or (len(shape) == 2 and matrix.shape[0] == 1))
+    if len(matrix.dims) != 3:
+        return False
+    return all(stride == 0 for _, stride in matrix.dims[0]) or (len(shape) == 2 and matrix.shape[0] == 1)
 
 
 def _expression(size: object) -> sympy.Expr:
@@ -355,6 +359,8 @@ BOTH_ORIENTATIONS = "the weight is used in both orientations (W and its transpos
 
 
 def overlapping(site: str, other: str) -> str:
+    if site == other:
+        return "matmuls use the weight as different matrices: its dimensions in another order, or as more or fewer"
     return f"matmuls use parts of the weight that overlap: {site} and {other}"
 
 
@@ -410,16 +416,22 @@ class _Weight:
     def _region(self, match: Match) -> Region:
         return match.region or Region.whole(self.shape)
 
+    def _box(self, use: Use) -> tuple[range, ...]:
+        """The indices that a use may concern."""
+        region = Region.whole(self.shape) if use.layout is None else Region.of(use.layout)
+        return region.box(self.shape)
+
     def _conflict(self, matches: Sequence[Match]) -> str | None:
         """Why what one matmul uses cannot change: something else uses it too, and in another way."""
         first = self._region(matches[0])
         box = first.box(self.shape)
         for use in self.others:
-            if overlap(box, _box(use.region, self.shape)):
+            if overlap(box, self._box(use)):
                 why = self._hint(use)
                 return f"the weight is also used by {_describe(use.user)}" + (f", {why}" if why else "")
         if not first.is_box(self.shape):
-            return "a part of the weight with gaps"
+            repeats = 0 in first.stride
+            return "the weight is repeated" if repeats else "a part of the weight with gaps"
         if any(match.transposed != matches[0].transposed for match in matches):
             return BOTH_ORIENTATIONS
         for other in self.matches:
@@ -474,10 +486,6 @@ class _Weight:
         if is_cast(user):
             return "a cast of what another has rounded, or to another device or kind of number"
         return next((text for word, text in _HINTS.items() if word in str(user.target)), None)
-
-
-def _box(view: torch.Tensor, shape: Sequence[int]) -> tuple[range, ...]:
-    return Region(tuple(view.shape), view.stride(), int(view.storage_offset())).box(shape)
 
 
 def _settle_products_of_two(weights: Collection[_Weight]) -> None:

@@ -1,7 +1,7 @@
 """The weight side of a graph: what a parameter is called, and which nodes use it, or a part of it, and how.
 
-A weight reaches its matmul through transposes, slices, chunks, views, copies and casts. All but the last two are views,
-so that one description holds for all of them: the `Region` of the parameter that arrives. It is found by repeating each
+A weight reaches its matmul through transposes, slices, chunks, views, copies and casts. All but casts only show its
+elements, so that one description holds for all of them: the `Layout` of what arrives. It is found by repeating each
 operation on a tensor without data, whatever the operation is called. That tensor asks for gradients, and so tells where
 they stop.
 """
@@ -9,12 +9,11 @@ they stop.
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +22,8 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
+
+from pixelfly_compiler.passes.regions import Copies, Layout, Steps
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -103,139 +104,44 @@ def parameter_names_by_identity(gm: GraphModule, example_inputs: Sequence[object
     return parameter_names(gm, example_inputs, own)
 
 
-# ---- parts of a weight ----
-
-
-@dataclass(frozen=True)
-class Region:
-    """A matrix, or several, inside a parameter: `weight.as_strided(size, stride, offset)` if that is contiguous."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Region:
-        """The region that `dataclasses.asdict`, and JSON, made `values` of."""
-        return Region(tuple(values["size"]), tuple(values["stride"]), values["offset"])
-
-    @staticmethod
-    def of(view: Tensor) -> Region:
-        """The region that a view of one matrix or several shows; a view and its transpose show the same."""
-        stored = view.mT if Region.is_flipped(view) else view
-        return Region(tuple(stored.shape), stored.stride(), int(stored.storage_offset()))
-
-    @staticmethod
-    def is_flipped(view: Tensor) -> bool:
-        """Does this view show the transpose of what is stored?"""
-        return view.stride(-2) < view.stride(-1)
-
-    @staticmethod
-    def whole(shape: Sequence[int]) -> Region:
-        """All of a parameter, as it is stored."""
-        return Region(tuple(shape), torch.empty(tuple(shape), device="meta").stride(), 0)
-
-    def view(self, weight: Tensor) -> Tensor:
-        """This part of a weight. It shares the weight's memory if that is contiguous."""
-        weight = weight.contiguous()
-        return weight.as_strided(self.size, self.stride, weight.storage_offset() + self.offset)
-
-    def is_all_of(self, shape: Sequence[int]) -> bool:
-        """Is this the whole of a parameter, as it is stored?"""
-        return self == Region.whole(shape)
-
-    def box(self, shape: Sequence[int]) -> tuple[range, ...]:
-        """The least box of a parameter's indices around this region; a larger one if the region runs over the end of a
-        row.
-        """
-        if 0 in self.size:
-            return tuple(range(0) for _ in shape)
-        first = _unravel(self.offset, shape)
-        last = list(first)
-        for size, stride in zip(self.size, self.stride, strict=True):
-            last = [index + (size - 1) * step for index, step in zip(last, _unravel(stride, shape), strict=True)]
-        if any(index >= size for index, size in zip(last, shape, strict=True)):
-            end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
-            return _lines(first, _unravel(end, shape), shape)
-        return tuple(range(low, high + 1) for low, high in zip(first, last, strict=True))
-
-    def is_box(self, shape: Sequence[int]) -> bool:
-        return math.prod(map(len, self.box(shape))) == math.prod(self.size)
-
-    def label(self, shape: Sequence[int]) -> str:
-        """As Python would index it: "" for all of it, "[64:128]" for some of its rows, "[3]" for one matrix of many."""
-        if self.is_all_of(shape):
-            return ""
-        texts = [_index(indices, size) for indices, size in zip(self.box(shape), shape, strict=True)]
-        while texts and texts[-1] == ":":
-            texts.pop()
-        return f"[{', '.join(texts)}]" if texts else ""
-
-
-def _lines(first: Sequence[int], last: Sequence[int], shape: Sequence[int]) -> tuple[range, ...]:
-    """The box around all that is stored from one element to another."""
-    pairs = list(zip(first, last, strict=True))
-    place = next((place for place, (low, high) in enumerate(pairs) if low != high), len(pairs) - 1)
-    whole = [range(size) for size in shape[place + 1 :]]
-    return (*(range(low, high + 1) for low, high in pairs[: place + 1]), *whole)
-
-
-def _unravel(offset: int, shape: Sequence[int]) -> list[int]:
-    indices: list[int] = []
-    for size in reversed(shape):
-        offset, index = divmod(offset, max(size, 1))
-        indices.append(index)
-    return indices[::-1]
-
-
-def _index(indices: range, size: int) -> str:
-    if len(indices) == size:
-        return ":"
-    return str(indices.start) if len(indices) == 1 else f"{indices.start}:{indices.stop}"
-
-
-def overlap(a: Sequence[range], b: Sequence[range]) -> bool:
-    return all(one.start < other.stop and other.start < one.stop for one, other in zip(a, b, strict=True))
-
-
 # ---- from a parameter to the nodes that use it ----
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Matrices of a weight that an index from data picks out of `count`, `stride` elements apart."""
+    """Matrices of a weight that an index from data picks out of `count`, which lie as the `steps` say."""
 
     index: Node
     several: bool
+    steps: Steps
     count: int
-    stride: int
 
-    def all_of(self, view: Tensor) -> Tensor:
-        """Of all matrices what `view` is of the first: (count, rows, columns) for (rows, columns) or (1, ...)."""
-        size, stride = (self.count, *view.shape[-2:]), (self.stride, *view.stride()[-2:])
-        return view.as_strided(size, stride, int(view.storage_offset()))
+    def all_of(self, layout: Layout) -> Layout:
+        """Of all matrices what `layout` is of the first."""
+        return Layout((self.steps, *layout.dims), layout.offset)
 
 
 @dataclass(frozen=True)
 class Use:
     """One node that consumes the weight as `operand`: the `view` of it, on the meta device. A loop runs it `times`.
 
-    Of what a selection picks, it is a view of the first matrix.
+    `origin`: what the memory of the view is a copy of, None if it is the parameter's. Of what a selection picks, it is
+    a view of the first matrix.
     """
 
     module: GraphModule
     user: Node
     operand: Node
     view: Tensor
+    origin: Layout | None = None
     times: int = 1
     selection: Selection | None = None
 
     @property
-    def region(self) -> Tensor:
-        """A view of all that may be used."""
-        if self.selection is None or self.view.dim() < 2:
-            return self.view
-        return self.selection.all_of(self.view)
+    def layout(self) -> Layout | None:
+        """All that may be used; None if that is not known."""
+        layout = Layout.of(self.view).within(self.origin)
+        return layout if layout is None or self.selection is None else self.selection.all_of(layout)
 
     def reaches(self, without_gradients: Collection[Node]) -> bool:
         """Do the gradients of what the node computes reach the weight? A view made under `no_grad` is in their way."""
@@ -331,43 +237,47 @@ def uses(module: GraphModule, node: Node, shape: Sequence[int]) -> Iterator[Use]
     """Every use of the parameter of this shape that `node` carries."""
     value = value_of(node)
     dtype = value.dtype if value is not None and value.is_floating_point() else torch.float32
-    yield from _uses(module, node, torch.empty(tuple(shape), dtype=dtype, device="meta"), 1)
+    view = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    yield from _uses(module, Use(module, node, node, view))
 
 
-def _uses(
-    module: GraphModule, node: Node, view: Tensor, times: int, selection: Selection | None = None
-) -> Iterator[Use]:
-    """Follow the weight through views, copies, casts and selections, and, as long as none is made, into sub-graphs."""
+def _uses(module: GraphModule, use: Use) -> Iterator[Use]:
+    """Follow what `use.user` shows through views, copies, casts and selections, and, as long as none of these is made,
+    into sub-graphs.
+    """
+    node = use.user
     for user in node.users:
-        if selection is None and (inside := sub_graphs(module, user)) is not None:
+        here = replace(use, module=module, user=user, operand=node)
+        if use.selection is None and (inside := sub_graphs(module, user)) is not None:
             for body, inner in inside.carrying(node):
-                yield from _uses(body, inner, view, times * inside.times)
+                yield from _uses(body, replace(use, user=inner, times=use.times * inside.times))
             if tree_leaves(user.args).count(node) > inside.operands.count(node):
-                yield Use(module, user, node, view, times)
-        elif _is_copy(user, node, view.dtype):
-            yield from _uses(module, user, view, times, selection)
-        elif selection is None and (picked := _selection(user, node, view)) is not None:
-            yield from _uses(module, user, view[:1] if picked.several else view[0], times, picked)
-        elif isinstance(seen := _seen_through(user, node, view), Tensor):
-            yield from _uses(module, user, seen, times, selection)
+                yield here
+        elif _is_cast_copy(user, node, use.view.dtype):
+            yield from _uses(module, here)
+        elif use.selection is None and (picked := _selection(here)) is not None:
+            view = use.view[:1] if picked.several else use.view[0]
+            yield from _uses(module, replace(here, view=view, selection=picked))
+        elif isinstance(seen := _seen_through(here), Use):
+            yield from _uses(module, seen)
         elif seen is not None:
             for item in user.users:  # chunks of the weight: each is taken out by an index
                 if is_call(item, (operator.getitem,)) and isinstance(item.args[1], int):
-                    yield from _uses(module, item, seen[item.args[1]], times, selection)
+                    yield from _uses(module, replace(seen[item.args[1]], user=item, operand=user))
                 else:
-                    yield Use(module, item, user, view, times, selection)
+                    yield replace(here, user=item, operand=user)
         else:
-            yield Use(module, user, node, view, times, selection)
+            yield here
 
 
-def _selection(user: Node, node: Node, view: Tensor) -> Selection | None:
+def _selection(use: Use) -> Selection | None:
     """`w[i]` and `w.index_select(0, i)` with i from data: one index, or a list of them, into the first dimension."""
-    index: Any = None
+    user, node, index = use.user, use.operand, None
     if is_call(user, (operator.getitem,)) and user.args[0] is node:
         index = user.args[1][0] if isinstance(user.args[1], tuple) and len(user.args[1]) == 1 else user.args[1]
     elif is_call(user, (torch.index_select,), "index_select") and user.args[:2] == (node, 0) and len(user.args) == 3:
         index = user.args[2]
-    if not isinstance(index, Node) or view.dim() != 3:
+    if not isinstance(index, Node) or use.view.dim() != 3 or use.layout is None:
         return None
     value = index.meta.get("example_value")
     if isinstance(value, Tensor) and (value.dim() > 1 or value.dtype not in (torch.int32, torch.int64)):
@@ -375,63 +285,71 @@ def _selection(user: Node, node: Node, view: Tensor) -> Selection | None:
     if not isinstance(value, Tensor | torch.SymInt):
         return None
     several = isinstance(value, Tensor) and value.dim() == 1
-    return Selection(index, several, view.shape[0], view.stride(0))
+    return Selection(index, several, use.layout.dims[0], use.view.shape[0])
 
 
 def is_cast(user: Node) -> bool:
     return is_call(user, (), "to", "type", "float", "double", "bfloat16", "half", "type_as")
 
 
-def _is_copy(user: Node, node: Node, own: torch.dtype) -> bool:
-    """The weight's values in other memory or in another floating-point type; gradients go through.
+def _is_cast_copy(user: Node, node: Node, own: torch.dtype) -> bool:
+    """The weight's values in another floating-point type; gradients go through.
 
     `own` is the parameter's type. A matmul in the last type gets P(W) in that type, so nothing may be rounded before.
     """
-    if not user.args or user.args[0] is not node:
+    if not is_cast(user) or user.args[:1] != (node,):
         return False
-    if is_call(user, (torch.clone,), "contiguous", "clone"):
-        return True
     before, after = value_of(node), value_of(user)
-    if not is_cast(user) or before is None or after is None or before.device != after.device:
+    if before is None or after is None or before.device != after.device:
         return False
     rounded = before.dtype != own and before.dtype.itemsize <= own.itemsize
     return after.dtype in FLOATS and (after.dtype == before.dtype or not rounded)
 
 
-def _seen_through(user: Node, node: Node, view: Tensor) -> Any:
-    """What `user` makes of the view: a view again, or several. None if it is no view, or stops gradients."""
-    result = _repeated_on(user, node, view)
+def _seen_through(use: Use) -> Use | list[Use] | None:
+    """`use` with the view that its node gives of what it takes, or several. None if it is no view of it and no copy, or
+    stops gradients.
+    """
+    result, copies = _repeated_on(use)
     parts = result if isinstance(result, tuple | list) else [result]
-    return result if parts and all(_is_view_of(part, view) and part.requires_grad for part in parts) else None
+    if not parts or not all(_is_view_of(part, use.view, copies) and part.requires_grad for part in parts):
+        return None
+    shown = [replace(use, view=part, origin=copies.origin(part)) for part in parts]
+    return shown if isinstance(result, tuple | list) else shown[0]
 
 
 def stops_gradients(use: Use) -> bool:
     """Is it a view of the weight that no gradients go through, whether or not any are asked for?"""
-    result = _repeated_on(use.user, use.operand, use.view)
-    return _is_view_of(result, use.view) and not result.requires_grad
+    result, copies = _repeated_on(use)
+    return _is_view_of(result, use.view, copies) and not result.requires_grad
 
 
-def _repeated_on(user: Node, node: Node, view: Tensor) -> Any:
-    """What `user` makes of the view, which asks for gradients, in place of `node`; None if that is not known."""
+def _repeated_on(use: Use) -> tuple[Any, Copies]:
+    """What the node makes of the view, which asks for gradients, in place of its operand; None if that is not known.
+    And which memory shows the view then.
+    """
+    user, node, copies = use.user, use.operand, Copies(use.view, use.origin)
     if user.op not in ("call_function", "call_method") or may_write(user):
-        return None
+        return None, copies
     if user.all_input_nodes != [node] and not _is_repeated(user, node):
-        return None
+        return None, copies
     if any(isinstance(argument, torch.dtype) for argument in (*user.args, *user.kwargs.values())):
-        return None  # the same bytes as other numbers
-    if is_call(user, (torch.as_strided,), "as_strided") and not _is_laid_out_as(value_of(node), view):
-        return None
+        return None, copies  # the same bytes as other numbers
+    if is_call(user, (torch.as_strided,), "as_strided") and not _is_laid_out_as(value_of(node), use.view):
+        return None, copies
     function = getattr(torch.Tensor, user.target, None) if isinstance(user.target, str) else user.target
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            own = view.detach().requires_grad_()
+            own = use.view.detach().requires_grad_()
             # How often a view is repeated may be symbolic, and does not matter.
             args, kwargs = torch.fx.node.map_arg((user.args, user.kwargs), lambda source: own if source is node else 2)
-            result = function(*args, **kwargs)  # type: ignore[misc]
+            with copies:
+                result = function(*args, **kwargs)  # type: ignore[misc]
     except Exception:  # no view, whatever it is
-        return None
+        return None, copies
     # A cast that returns its input: the node has been cast before, the view, of the parameter's type, has not.
-    return None if result is own else result
+    unchanged = result is own and called(user) != "contiguous"
+    return (None if unchanged else result), copies
 
 
 def _is_repeated(user: Node, node: Node) -> bool:
@@ -448,13 +366,13 @@ def _is_laid_out_as(value: Tensor | None, view: Tensor) -> bool:
     return value.stride() == view.stride() and value.storage_offset() == view.storage_offset()
 
 
-def _is_view_of(result: object, view: Tensor) -> bool:
-    """A tensor of the same numbers in the same memory."""
+def _is_view_of(result: object, view: Tensor, copies: Copies) -> bool:
+    """A tensor of the same numbers, in the same memory or copied from there."""
     if not isinstance(result, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(result):
         return False
     if result.dtype != view.dtype or result.is_neg() != view.is_neg():  # `view` is real: no conjugate is of its type
         return False
-    return result.untyped_storage()._cdata == view.untyped_storage()._cdata
+    return copies.shows(result)
 
 
 # ---- sub-graphs ----

@@ -34,10 +34,11 @@ from pixelfly_compiler.names import dense_if_shared, names_of, origin_of
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.regions import overlap
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import overlap, placeholders
+from pixelfly_compiler.passes.weights import placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
 from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
@@ -189,7 +190,7 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
     known: dict[str, Entry] = {}
     for site in found.sites:
         entry = _decided.of(weights[site.parameter]).get(key + site.label)
-        if entry is not None and entry.transposed == site.transposed:
+        if entry is not None and (entry.region, entry.transposed) == (site.region, site.transposed):
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from pixelfly_compiler.errors import PlanError
 from pixelfly_compiler.names import namesakes
 from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.regions import overlap
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import overlap, own_name, parameter_names_by_identity, storages
+from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity, storages
 
 Record = tuple[GraphModule, tuple[Any, ...]]
 _records: ContextVar[list[Record] | None] = ContextVar("pixelfly_records", default=None)

@@ -26,11 +26,12 @@ from pixelfly_compiler.kernels.ops import support_index
 from pixelfly_compiler.kernels.projection import project_each
 from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import Support
+from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.rewrite import CompactInput
 from pixelfly_compiler.passes.sites import SiteConfig
-from pixelfly_compiler.passes.weights import Region
 
 MOST_SAMPLES = 16  # elements of a matrix that are looked at in each call
+MOST_LINES = 64  # of a weight whose dimensions fold: where along one of them
 INTEGERS: dict[int, Literal["h", "i", "q"]] = {2: "h", 4: "i", 8: "q"}  # bytes -> format that memoryviews compare fast
 
 
@@ -60,6 +61,11 @@ class Form:
     dtype: torch.dtype
     basis: str
     region: Region | None = None
+
+    @property
+    def is_flat(self) -> bool:
+        """Has each dimension of the matrix, or matrices, a stride in the weight's memory?"""
+        return self.region is None or self.region.shape is None
 
     @cached_property
     def name(self) -> str:
@@ -139,11 +145,12 @@ def _entry(weight: Tensor, form: Form) -> _Entry:
     # Not inference tensors, even in inference mode: training may use them next.
     with torch.inference_mode(False), torch.no_grad():
         version = None if weight.is_inference() or _is_gathered(weight) else weight._version
-        matrix = _matrix(weight.detach(), form)
-        sample = _sample(matrix)
+        stored = _stored(weight.detach(), form)
+        sample = _sample(stored if form.is_flat else _in_order(stored))
         seen = sample.clone()
         lines = _memory(sample), _memory(seen)
-        return _Entry(version, weight.data_ptr(), weight.shape, sample, seen, *lines, _compact(matrix, form))
+        compact = _compact(_folded(stored, form), form)
+        return _Entry(version, weight.data_ptr(), weight.shape, sample, seen, *lines, compact)
 
 
 def _is_gathered(weight: Tensor) -> bool:
@@ -169,17 +176,25 @@ def _sample(matrix: Tensor) -> Tensor:
     return matrix.as_strided(size, stride, first).view(integer)
 
 
+def _in_order(stored: Tensor) -> Tensor:
+    """Dimensions as they lie in memory, and of all but the last two only some places."""
+    ordered = stored.permute(sorted(range(stored.dim()), key=lambda dim: -stored.stride()[dim]))
+    return ordered[tuple(slice(None, None, max(size // MOST_LINES, 1)) for size in ordered.shape[:-2])]
+
+
 def _memory(sample: Tensor) -> list[memoryview]:
     """Each line of a sample as it lies in the memory of the CPU, to be compared without a call of torch's; and not by
     numpy, after which FSDP could not free the weight's storage.
     """
     if not sample.is_cpu:
         return []
+    if sample.dim() > 1:
+        return [line for part in sample for line in _memory(part)]
     size, step = sample.element_size(), sample.stride(-1)
     count = sample.shape[-1] if step else 1
     span = ctypes.c_char * (((count - 1) * step + 1) * size)
-    lines = [memoryview(span.from_address(line.data_ptr())) for line in torch.atleast_2d(sample)]
-    return [line.cast("B").cast(INTEGERS[size])[:: step or 1] for line in lines]
+    line = memoryview(span.from_address(sample.data_ptr()))
+    return [line.cast("B").cast(INTEGERS[size])[:: step or 1]]
 
 
 def _compact(matrix: Tensor, form: Form) -> Compact:
@@ -191,9 +206,24 @@ def _compact(matrix: Tensor, form: Form) -> Compact:
     return Compact(blocks, u, _basis(dense.shape[-1], rank, dense.device, form.dtype))
 
 
-def _matrix(weight: Tensor, form: Form) -> Tensor:
-    """The weight, or the part of it that the form is of, as it is stored."""
-    return weight if form.region is None else form.region.view(weight)
+def _stored(weight: Tensor, form: Form) -> Tensor:
+    """The weight, or the part of it that the form is of, in its own memory."""
+    return weight if form.region is None else form.region.unfolded(weight)
+
+
+def _folded(stored: Tensor, form: Form) -> Tensor:
+    """The matrix, or matrices, that this is: a copy where dimensions fold."""
+    return stored if form.is_flat else stored.reshape(form.region.shape)  # type: ignore[union-attr, arg-type]
+
+
+def _like_folded(stored: Tensor, form: Form) -> Tensor:
+    """A tensor like the matrix, or matrices; its values do not matter."""
+    return stored if form.is_flat else stored.new_empty(form.region.shape)  # type: ignore[union-attr, arg-type]
+
+
+def _like(weight: Tensor, form: Form) -> Tensor:
+    """A tensor like the weight, or its part, as (out, in); its values do not matter."""
+    return _oriented(_like_folded(_stored(weight.detach(), form), form), form)
 
 
 def _oriented(matrix: Tensor, form: Form) -> Tensor:
@@ -210,11 +240,11 @@ def _projector(dense: Tensor, config: SiteConfig) -> Projector:
 
 
 class _Project(torch.autograd.Function):
-    """The cached (blocks, u) of a weight, as a differentiable function of its matrix."""
+    """The cached (blocks, u) of a weight, as a differentiable function of it, or its part, as it is stored."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
-        ctx.form, ctx.matrix, ctx.shapes = form, matrix.detach(), (compact.blocks.shape, compact.u.shape)
+    def forward(ctx: Any, stored: Tensor, form: Form, compact: Compact) -> tuple[Tensor, Tensor]:
+        ctx.form, ctx.stored, ctx.shapes = form, stored.detach(), (compact.blocks.shape, compact.u.shape)
         ctx.set_materialize_grads(False)
         return compact.blocks.detach(), compact.u.detach()
 
@@ -224,11 +254,12 @@ class _Project(torch.autograd.Function):
         if all(gradient is None for gradient in gradients):  # no result depends on the weight
             return None, None, None
         g_blocks, g_u = (
-            ctx.matrix.new_zeros(shape, dtype=ctx.form.dtype) if gradient is None else gradient
+            ctx.stored.new_zeros(shape, dtype=ctx.form.dtype) if gradient is None else gradient
             for gradient, shape in zip(gradients, ctx.shapes, strict=True)
         )
-        like = _oriented(ctx.matrix, ctx.form)
-        return _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form), None, None
+        like = _oriented(_like_folded(ctx.stored, ctx.form), ctx.form)
+        gradient = _oriented(_projector(like, ctx.form.config).adjoint(g_blocks, g_u, like), ctx.form)
+        return gradient.reshape(ctx.stored.shape), None, None
 
 
 class CompactInputs:
@@ -267,11 +298,11 @@ class CompactInputs:
         """Begin to compile what a call will need."""
         for form in self.forms:
             if form.basis == "fixed":
-                dense = _oriented(_matrix(args[form.weight].detach(), form), form)
+                dense = _like(args[form.weight], form)
                 _projector(dense, form.config).prepare(dense, form.dtype)
 
     def _example(self, weight: Tensor, form: Form, part: str) -> Tensor:
-        dense = _oriented(_matrix(weight.detach(), form), form)
+        dense = _like(weight, form)
         support, rank, block = _support(dense, form.config), form.config.rank, form.config.block
         if part == "index":
             return support_index(support, weight.device)
@@ -288,10 +319,10 @@ class CompactInputs:
         compact = self.weights.get(weight, form)
         if not (training and weight.requires_grad):
             return compact
-        return *_Project.apply(_matrix(weight, form), form, compact), compact.v
+        return *_Project.apply(_stored(weight, form), form, compact), compact.v
 
     def _index(self, args: tuple[Any, ...], form: Form) -> Tensor:
         """The index of the support: the same for every weight that can stand here."""
         weight = args[form.weight]
         with torch.inference_mode(False):
-            return support_index(_support(_oriented(_matrix(weight.detach(), form), form), form.config), weight.device)
+            return support_index(_support(_like(weight, form), form.config), weight.device)

@@ -12,8 +12,8 @@ from typing import Any
 
 from pixelfly_compiler.errors import PlanError, PlanMismatchError, UnknownSiteError
 from pixelfly_compiler.kernels.support import Support
+from pixelfly_compiler.passes.regions import Region, overlap
 from pixelfly_compiler.passes.sites import Site, SiteConfig
-from pixelfly_compiler.passes.weights import Region, overlap
 
 VERSION = 2
 REPLAN = "make a plan for this model with pixelfly_compiler.plan(model, args)"

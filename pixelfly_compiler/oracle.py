@@ -38,7 +38,8 @@ def project(weight: Tensor, entry: Entry, basis: str = "fixed") -> Tensor:
     if entry.region is None:
         return stored
     whole = weight.clone(memory_format=torch.contiguous_format)
-    entry.region.view(whole).copy_(stored)
+    part = entry.region.unfolded(whole)
+    part.copy_(stored.reshape(part.shape))
     return whole
 
 
@@ -92,7 +93,8 @@ def rescale_(model: nn.Module, plan: Plan) -> nn.Module:
             matrix if entry.region is None else entry.region.view(matrix) for matrix in (weight, project(weight, entry))
         )
         scale = whole.norm() / projected.norm()
-        whole.mul_(torch.where(scale.isfinite(), scale, 1.0))  # zeros stay zeros
+        part = weight if entry.region is None else entry.region.unfolded(weight)
+        part.mul_(torch.where(scale.isfinite(), scale, 1.0))  # zeros stay zeros
     return model
 
 

@@ -39,6 +39,11 @@ def _picks(x: Tensor, matrices: int) -> Tensor:
     return x.detach().flatten(0, 1)[:, :matrices].argmax(-1)
 
 
+def _rows(x: Tensor, count: int) -> Tensor:
+    """So many indices, which the values of x tell."""
+    return x.detach()[0].flatten().argsort()[:count]
+
+
 def _changed(x: Tensor) -> Tensor:
     """Where this is a view, and no copy, x changes with it."""
     x.flatten()[:5].mul_(2)
@@ -91,6 +96,34 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "einsum over heads": (
         lambda x, w, b: torch.einsum("nhk,bshk->bsn", w, x.unflatten(2, (HEADS, -1))),
         lambda k, n: (n, HEADS, k // HEADS),
+    ),
+    "a matrix for each head": (
+        lambda x, w, b: torch.einsum("bsk,hkn->bshn", x, w).flatten(2),
+        lambda k, n: (HEADS, k, n // HEADS),
+    ),
+    "a matrix for each head, heads first": (
+        lambda x, w, b: torch.einsum("hnk,bsk->bhsn", w, x).transpose(1, 2).flatten(2),
+        lambda k, n: (HEADS, n // HEADS, k),
+    ),
+    "the sum over a matrix for each head": (
+        lambda x, w, b: torch.einsum("bshk,hnk->bsn", x.unflatten(2, (HEADS, -1)), w),
+        lambda k, n: (HEADS, n, k // HEADS),
+    ),
+    "tensordot of heads": (
+        lambda x, w, b: torch.tensordot(x, w, ([2], [1])).flatten(2),
+        lambda k, n: (HEADS, k, n // HEADS),
+    ),
+    "heads, expanded": (
+        lambda x, w, b: torch.bmm(x.reshape(1, -1, x.shape[2]).expand(HEADS, -1, -1), w).sum(0).unflatten(0, (-1, 4)),
+        lambda k, n: (HEADS, k, n),
+    ),
+    "heads, in another order": (
+        lambda x, w, b: F.linear(x, w.transpose(1, 2).reshape(-1, w.shape[1]), b),
+        lambda k, n: (HEADS, k, n // HEADS),
+    ),
+    "heads, copied": (
+        lambda x, w, b: x @ w.permute(1, 2, 0).contiguous().view(w.shape[1], -1)[:, 16:],
+        lambda k, n: (2, k, (n + 16) // 2),
     ),
     "einsum, turned": (lambda x, w, b: torch.einsum("...k,nk->n...", x, w).movedim(0, -1), lambda k, n: (n, k)),
     "chunks": (
@@ -146,6 +179,10 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
         lambda x, w, b: torch.einsum("bk,bkn->bn", x.flatten(0, 1), w[_picks(x, 3)]).unflatten(0, (-1, 4)),
         lambda k, n: (3, k, n),
     ),
+    "picked for one row": (
+        lambda x, w, b: (x[:1, :1] @ w[_picks(x, 3)]).squeeze(1).unflatten(0, (-1, 4)),
+        lambda k, n: (3, k, n),
+    ),
     "picked for several rows": (lambda x, w, b: x @ w[_picks(x, 3)[: len(x)]], lambda k, n: (3, k, n)),
     "picked for all": (lambda x, w, b: x @ w[_picks(x, 3)[:1] - 3], lambda k, n: (3, k, n)),
     "by name": (lambda x, w, b: torch.matmul(other=w, input=x), lambda k, n: (k, n)),
@@ -162,10 +199,8 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Callable[[int
     "into another": (lambda x, w, b: _into_another(x, w) + b, lambda k, n: (k, n)),
     "without gradients": (lambda x, w, b: x @ w.data + b, lambda k, n: (k, n)),
     "broadcast": (lambda x, w, b: torch.einsum("bsk,kn->bsn", x[..., :1], w), lambda k, n: (k, n)),
-    "a matrix for each head": (
-        lambda x, w, b: torch.einsum("bsk,hkn->bshn", x, w).flatten(2),
-        lambda k, n: (HEADS, k, n // HEADS),
-    ),
+    "rows picked": (lambda x, w, b: x @ w[_rows(x, len(b)) % len(w)].T, lambda k, n: (2 * n, k)),
+    "in a buffer": (lambda x, w, b: x @ torch.empty(w.shape, dtype=w.dtype).copy_(w), lambda k, n: (k, n)),
     "gaps": (lambda x, w, b: x @ w[:, ::2], lambda k, n: (k, 2 * n)),
     "overlap": (lambda x, w, b: x @ w[:, 16:] + x @ w[:, :-16], lambda k, n: (k, n + 16)),
     "both ways": (lambda x, w, b: x @ w + (x @ w) @ w.T @ w, lambda k, n: (k, n)),

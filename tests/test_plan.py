@@ -25,8 +25,8 @@ from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, PlanError, PlanMismatchError, UnknownSiteError
 from pixelfly_compiler.passes import calibration, cost
 from pixelfly_compiler.passes.candidates import candidates, relative_errors
+from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
-from pixelfly_compiler.passes.weights import Region
 from pixelfly_compiler.plan import make_plan, plan, project, project_, rescale_
 from pixelfly_compiler.report import render
 

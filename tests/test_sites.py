@@ -17,8 +17,9 @@ from torch.func import grad, vmap
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.sites import Found, Match, find_sites, ineligible
-from pixelfly_compiler.passes.weights import Region, qualified_name
+from pixelfly_compiler.passes.weights import qualified_name
 
 
 def found_in(
@@ -73,6 +74,7 @@ FORMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, int], bool]] = {
     "matmul method": (lambda x, w, b: x.matmul(w.mT), (48, 32), False),
     "@": (lambda x, w, b: x @ w.permute(1, 0), (48, 32), False),
     "@ twice transposed": (lambda x, w, b: x @ w.t().contiguous().T, (32, 48), True),
+    "@ a copy as it lies": (lambda x, w, b: x @ w.T.contiguous().as_strided((32, 48), (1, 32)), (32, 48), True),
     "left addmm": (lambda x, w, b: torch.addmm(x.new_ones(10), w, x.view(-1, 32).t()), (48, 32), False),
     **SCALED,
     "addmm, scaled, without its term": (
@@ -144,6 +146,76 @@ def one_match(model: nn.Module, *args: Any) -> tuple[Match, tuple[Any, ...]]:
     return seen["match"], seen["values"]
 
 
+# ---- matrices whose dimensions are in another order in memory, or are several ----
+
+HEADS = (4, 32, 12)  # matrices (in, out)
+TURNED = (4, 12, 32)  # matrices (out, in)
+PER_HEAD: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
+    "einsum": (lambda x, w: torch.einsum("bsd,hde->bshe", x, w), HEADS),
+    "einsum, turned": (lambda x, w: torch.einsum("bsd,hed->bhse", x, w), TURNED),
+    "einsum, heads in between": (lambda x, w: torch.einsum("bsd,dhe->bhse", x, w), (32, 4, 12)),
+    "einsum, heads last": (lambda x, w: torch.einsum("bsd,edh->bshe", x, w), (12, 32, 4)),
+    "einsum, of x for each head": (
+        lambda x, w: torch.einsum("bhsd,hde->bhse", x[:, None].expand(2, 4, 5, 32), w),
+        HEADS,
+    ),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, ([2], [1])), HEADS),
+    "matmul": (lambda x, w: x[:, None] @ w, HEADS),
+    "matmul, of more dimensions": (lambda x, w: x[:, None] @ w[None], HEADS),
+    "matmul, of one row": (lambda x, w: x[0, 0] @ w, HEADS),
+    "matmul, left": (lambda x, w: w @ x.mT[:, None], TURNED),
+    "matmul, of two and two": (lambda x, w: x[:, None, None] @ w.unflatten(0, (2, 2)), HEADS),
+    "bmm": (lambda x, w: x.view(1, 10, 32).expand(4, 10, 32).bmm(w), HEADS),
+    "baddbmm": (lambda x, w: torch.baddbmm(x.new_ones(12), x[:1].expand(4, 5, 32), w), HEADS),
+    "reshape": (lambda x, w: x @ w.permute(1, 0, 2).reshape(32, 48), HEADS),
+    "flatten": (lambda x, w: F.linear(x, w.mT.flatten(0, 1)), HEADS),
+    "a copy, and a view of it": (lambda x, w: x @ w.permute(1, 2, 0).contiguous().view(32, 48), HEADS),
+}
+
+
+@pytest.mark.parametrize("form", PER_HEAD)
+def test_matrices_which_all_rows_meet_are_one(form: str) -> None:
+    function, shape = PER_HEAD[form]
+    model = OneWeight(lambda x, w, b: function(x, w), *shape)
+    match, (result, x, weight, _, addend, *given) = one_match(model, X)
+    assert (match.site, match.out_features, match.in_features, match.matrices) == ("w", 48, 32, None)
+    assert match.rows == result.numel() // 48
+    parts = match.operands
+    matrix = parts.matrix(weight)
+    product = parts.leave(F.linear(parts.enter(x, *given), matrix), *given)
+    torch.testing.assert_close(result, product if addend is None else product + addend)
+    stored = match.region.view(model.w) if match.region else model.w
+    torch.testing.assert_close(matrix, stored.t() if match.transposed else stored)
+
+
+def test_the_sum_over_heads_is_one_matmul() -> None:
+    model = OneWeight(lambda x, w, b: torch.einsum("bshe,hde->bsd", x.unflatten(2, (4, 8)), w), 4, 48, 8)
+    match, (result, x, weight, *_) = one_match(model, X)
+    parts = match.operands
+    assert (match.out_features, match.in_features, match.rows) == (48, 32, 10)
+    torch.testing.assert_close(result, parts.leave(F.linear(parts.enter(x), parts.matrix(weight))))
+
+
+def test_a_weight_that_is_repeated_or_used_in_two_orders_is_dense_with_the_reason() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: x @ w.repeat_interleave(2, 1), 32, 24), X)
+    assert "is repeated" in str(found.sites[0].reason)
+    twice = OneWeight(
+        lambda x, w, b: (torch.einsum("bsd,hde->bshe", x, w), x.view(1, 10, 32).repeat(4, 1, 1) @ w), *HEADS
+    )
+    (found,) = found_in(twice, X)
+    assert "as different matrices" in str(found.sites[0].reason)
+
+
+@pytest.mark.parametrize("equation", ["...sd,...df->...sf", "b...d,...df->b...f", "...sd,...df", "...d,...df"])
+def test_an_ellipsis_stands_for_the_same_dimensions_in_both(equation: str) -> None:
+    x = X[:, None] if "s" in equation else X
+    match, (result, x, weight, *_) = one_match(OneWeight(lambda x, w, b: torch.einsum(equation, x, w), 5, 32, 48), x)
+    parts = match.operands
+    rows, matrix = parts.enter(x), parts.matrix(weight)
+    product = torch.einsum("e...d,efd->e...f", rows, matrix) if match.matrices else rows @ matrix.mT
+    torch.testing.assert_close(result, parts.leave(product))
+
+
 def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone() -> None:
     model = OneWeight(lambda x, w, b: torch.addmm(x.new_ones(10, 48), x.view(-1, 32), w), 32, 48)
     (match,) = found_in(model, X)[0].matches
@@ -165,7 +237,6 @@ def test_addmm_with_a_matrix_has_an_addend_and_a_factor_from_data_is_left_alone(
         (lambda x, w, b: x @ w.view(torch.int32).view(torch.float32), "`view`"),
         (lambda x, w, b: x @ w.bfloat16().view(torch.float32), "`view`"),
         (lambda x, w, b: x * torch.view_as_complex(w.unflatten(-1, (-1, 2)))[0, 0], "`view_as_complex`"),
-        (lambda x, w, b: x @ w.T.contiguous().as_strided((32, 48), (1, 32)), "`as_strided`"),
         (lambda x, w, b: torch.baddbmm(w.view(2, 16, 48), x[..., :16].mT, x.new_ones(2, 5, 48)), "which adds it"),
     ],
 )
@@ -773,6 +844,16 @@ def test_an_index_from_data_picks_from_all_matrices_and_a_constant_a_part() -> N
     assert ends(torch.randn(5, 32), torch.tensor(1)).tolist() == [0, 5, 5]
     (constant,) = found_in(Experts(3, 48, 32), torch.randn(5, 32), 1)
     assert [site.name for site in constant.sites] == ["w[1]"]
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("picks", [1, 4])
+def test_matrices_that_an_index_picks_are_not_joined(rows: int, picks: int) -> None:
+    model = OneWeight(lambda x, w, b: x[:rows] @ w[x[:picks, 0, :3].argmax(-1)], 3, 32, 48)
+    for x in (torch.randn(4, 5, 32)[:rows].expand(max(rows, picks), -1, -1), torch.randn(4, 5, 32)):
+        if picks in (1, len(x[:rows])) or rows == 1:
+            (found,) = found_in(model, x)
+            assert [(site.matrices, site.out_features, site.reason) for site in found.sites] == [(3, 48, None)]
 
 
 def test_several_matrices_for_each_row_are_dense_with_the_reason_and_their_flops_count() -> None:
