@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pixelfly_compiler.passes.weights import (
     SubGraphs,
     called,
     is_call,
+    is_cast,
     is_tagged,
     may_write,
     memory_of,
@@ -34,31 +36,79 @@ from pixelfly_compiler.passes.weights import (
 def other_flops(
     gm: GraphModule, weights: Mapping[Node, bool], matched: Collection[Node], hidden: Hidden
 ) -> dict[Node, int]:
-    """Weight -> flops of the operations with it, or with what is computed from weights alone, that no match covers.
+    """Weight -> flops of the operations with it, with rows of it that an index picks, or with what is computed from
+    weights alone, that no match covers.
 
     `weights` are all parameters and buffers; those that are True (not biases) are the ones to put the flops to.
     """
     flops = {weight: 0 for weight, counts in weights.items() if counts}
-    _add_flops(gm, {weight: weight if counts else None for weight, counts in weights.items()}, matched, hidden, flops)
+    _add_flops(gm, _Known({w: w if counts else None for w, counts in weights.items()}), matched, hidden, flops)
     return flops
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the nodes of a graph.
+
+    `origins`: each node that is computed from parameters, buffers and constants alone -> a weight among them, if there
+    is one. What a matmul or a lookup makes of a constant, such as positions, is none of these. `picked`: what shows
+    rows of a weight that an index picked -> that weight. `blank`: memory that nothing has been written to.
+    """
+
+    origins: dict[Node, Node | None]
+    picked: dict[Node, Node] = field(default_factory=dict)
+    constants: set[Node] = field(default_factory=set)
+    blank: set[Node] = field(default_factory=set)
+
+    def inside(self, body: GraphModule, operands: Sequence[object]) -> _Known:
+        """The same of the placeholders of a body, which stand for these operands."""
+        known = [(inner, of) for inner, of in zip(placeholders(body), operands, strict=False) if isinstance(of, Node)]
+        origins = {inner: self.origins[of] for inner, of in known if of in self.origins}
+        return _Known(origins, {inner: self.picked[of] for inner, of in known if of in self.picked})
+
+    def write(self, node: Node, origin: Node | None, is_data: bool) -> None:
+        """What this node writes to, and what that is a view of, is from then on what is written."""
+        written, is_constant = _written(node), node in self.constants
+        memory = memory_of(written)
+        while isinstance(written, Node) and written.op.startswith("call"):
+            self.blank.discard(written)
+            if is_data:
+                self.origins.pop(written, None)
+            else:
+                self.origins[written] = origin or self.origins.get(written)
+            if is_constant:
+                self.constants.add(written)
+            written = next((source for source in written.all_input_nodes[:1] if memory & memory_of(source)), None)
+
+    def pick(self, node: Node, rows: Node | None) -> None:
+        """See whether the node picks rows of a weight, or shows such `rows`."""
+        table = _table_of(node)
+        weight = rows if _shows(node) else None if table is None else self.origins.get(table)
+        if weight is not None:
+            self.picked[node] = weight
 
 
 def _add_flops(
     module: GraphModule,
-    origins: dict[Node, Node | None],
+    known: _Known,
     matched: Collection[Node],
     hidden: Hidden,
     flops: dict[Node, int],
     times: int = 1,
 ) -> None:
-    """`origins`: each node that is computed from parameters, buffers and constants alone -> a weight among them, if
-    there is one. What a matmul or a lookup makes of a constant, such as positions, is no weight.
-    """
-    constants: set[Node] = set()
+    origins, constants, blank = known.origins, known.constants, known.blank
     for node in module.graph.nodes:
-        inputs = _read(node)
+        if node.op in ("placeholder", "output"):
+            continue
+        if _is_blank(node, blank):
+            blank.add(node)
+            continue
+        writes = may_write(node) and not isinstance(node.target, HigherOrderOperator)
+        inputs = [source for source in _read(node) if not (writes and source in blank and source is _written(node))]
         sources = [origins[source] for source in inputs if source in origins]
-        if node.op == "output" or not (sources or (not inputs and _is_constant(node))):
+        rows = next((known.picked[source] for source in inputs if source in known.picked), None)
+        known.pick(node, rows)
+        if not (sources or rows or writes or (not inputs and _is_constant(node))):
             continue
         origin = next((source for source in sources if source is not None), None)
         is_data = len(sources) < len(inputs) or (constants.issuperset(inputs) and _is_random(node))
@@ -68,15 +118,46 @@ def _add_flops(
             uses_weight = node in matched or is_call(node, (F.embedding, torch.embedding))
             if not uses_weight or constants.isdisjoint(inputs):
                 origins[node] = origin
-        elif may_write(node) and not isinstance(node.target, HigherOrderOperator):
-            _forget(node.kwargs.get("out", next(iter(node.args), None)), origins)
+        if writes:
+            known.write(node, origin, is_data)
         if (inside := _bodies(module, node)) is not None:
             for body in inside.bodies:
-                known = zip(placeholders(body), inside.operands, strict=False)
-                within = {inner: origins[of] for inner, of in known if isinstance(of, Node) and of in origins}
-                _add_flops(body, within, matched, hidden, flops, times * inside.times)
-        elif node not in matched and origin is not None:
-            flops[origin] += times * flops_of(node, hidden)
+                _add_flops(body, known.inside(body, inside.operands), matched, hidden, flops, times * inside.times)
+        elif node not in matched and (counted := origin or rows) is not None:
+            flops[counted] += times * flops_of(node, hidden)
+
+
+def _written(node: Node) -> object:
+    return node.kwargs.get("out", next(iter(node.args), None))
+
+
+def _is_blank(node: Node, blank: Collection[Node]) -> bool:
+    """Is this new memory as it is, or a view of such?"""
+    if "empty" in called(node):
+        return True
+    first = next(iter(node.all_input_nodes), None)
+    return first in blank and not may_write(node) and bool(memory_of(first) & memory_of(node))
+
+
+def _table_of(node: Node) -> Node | None:
+    """The matrix of which this node picks rows by an index, if it does."""
+    operands = [argument for argument in (*node.args, *node.kwargs.values()) if isinstance(argument, Node)]
+    if is_call(node, (operator.getitem, torch.index_select, F.embedding, torch.embedding), "index_select"):
+        tables = (o for o in operands if (value := value_of(o)) is not None and value.is_floating_point())
+        table = next(tables, None)
+        return table if table is not None and len(operands) > 1 and table.meta["example_value"].dim() == 2 else None
+    return None
+
+
+_SHOWING = ("contiguous", "clone", "reshape", "flatten")
+
+
+def _shows(node: Node) -> bool:
+    """Has what this node computes the elements of the only thing that it takes, in another shape or type?"""
+    if len(node.all_input_nodes) != 1 or may_write(node):
+        return False
+    shared = memory_of(node) & memory_of(node.all_input_nodes[0])
+    return bool(shared) or is_cast(node) or called(node) in _SHOWING
 
 
 def _read(node: Node) -> list[Node]:
@@ -96,20 +177,12 @@ def _has_numbers(node: Node) -> bool:
 
 def _is_constant(node: Node) -> bool:
     """Is this tensor, made of no other, the same in each call: zeros, a range, a mask?"""
-    return node.op != "placeholder" and value_of(node) is not None and not _is_random(node)
+    return value_of(node) is not None and not _is_random(node)
 
 
 def _is_random(node: Node) -> bool:
-    """Are its numbers others in each call: drawn, or what was in memory before?"""
-    return "empty" in called(node) or is_tagged(node, torch.Tag.nondeterministic_seeded)
-
-
-def _forget(written: object, origins: dict[Node, Node | None]) -> None:
-    """A tensor that data is written to, and what it is a view of, are data from then on."""
-    memory = memory_of(written)
-    while isinstance(written, Node) and written.op.startswith("call"):
-        origins.pop(written, None)
-        written = next((source for source in written.all_input_nodes[:1] if memory & memory_of(source)), None)
+    """Are its numbers others in each call?"""
+    return is_tagged(node, torch.Tag.nondeterministic_seeded)
 
 
 def _bodies(module: GraphModule, node: Node) -> SubGraphs | None:

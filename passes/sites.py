@@ -14,6 +14,7 @@ silently.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -318,6 +319,12 @@ def _is_lookup(use: Use) -> bool:
 _ADDING = (torch.addmm, torch.addmv, torch.addbmm, torch.baddbmm)
 
 
+def _picks_rows(use: Use) -> bool:
+    """Rows of a matrix, by an index."""
+    known = is_call(use.user, (operator.getitem, torch.index_select), "index_select")
+    return known and use.view.dim() == 2 and len(use.user.all_input_nodes) > 1
+
+
 def _is_term(use: Use) -> bool:
     """Is the weight what `addmm` and its like add to the product?"""
     known = is_call(use.user, _ADDING, *(function.__name__ for function in _ADDING))
@@ -355,6 +362,7 @@ _COMPUTED = (
 )
 
 
+_PICKED = "and a matmul takes the rows that it picks: only what is the same weight in each call becomes sparse"
 BOTH_ORIENTATIONS = "the weight is used in both orientations (W and its transpose)"
 
 
@@ -443,18 +451,20 @@ class _Weight:
     def skipped(self, flops: int, multiplies: bool) -> Skipped:
         """`multiplies`: a matmul follows on what uses this weight."""
         lookup = bool(self.uses) and not self.others
-        reason = self._why_no_matmul(multiplies)
+        reason = self._why_no_matmul(flops, multiplies)
         return Skipped(self.name, self.shape, reason, lookup, used=bool(self.uses), flops=flops)
 
-    def _why_no_matmul(self, multiplies: bool) -> str:
+    def _why_no_matmul(self, flops: int, multiplies: bool) -> str:
         reason = ineligible(self.value)
         if reason is not None:
             return reason
         if not self.uses:
             return "not used in this graph"
         if not self.others:
-            return "an embedding lookup, not a matmul"
+            return f"an embedding lookup, {_PICKED}" if flops else "an embedding lookup, not a matmul"
         use = self.others[0]
+        if flops and _picks_rows(use):
+            return f"used by {_describe(use.user)}, {_PICKED}"
         why = self._hint(use)
         if why is None:
             why = (

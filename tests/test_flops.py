@@ -101,13 +101,71 @@ def test_rows_under_vmap_decide() -> None:
     "function",
     [
         lambda x, w: x @ (torch.arange(512.0).view(8, 64) @ w).T,
-        lambda x, w: (x @ w) @ F.embedding(torch.arange(8), w).T,
+        lambda x, w: (x @ w) @ F.embedding(torch.arange(8), w).sin().T,
     ],
     ids=["product", "lookup"],
 )
 def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> None:
     made, counted = planned(function, torch.randn(8, 64), 64, 64)
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
+
+
+PICKED: dict[str, Function] = {
+    "indexed": lambda x, w: x @ w[x.argmax(1)].T,
+    "selected": lambda x, w: x @ w.index_select(0, x.argmax(1)).T,
+    "looked up": lambda x, w: x @ F.embedding(x.argmax(1), w).T,
+    "looked up by position": lambda x, w: torch.einsum("bk,lk->bl", x, F.embedding(torch.arange(8), w)),
+    "for each row": lambda x, w: torch.bmm(w[x.argsort(1)[:, :8]], x.unsqueeze(-1)),
+    "copied": lambda x, w: (x.double() @ w[x.argmax(1)].double().T.contiguous()).float(),
+}
+
+
+@pytest.mark.parametrize("kind", PICKED)
+def test_a_matmul_with_rows_that_an_index_picks_is_counted_and_told_so(kind: str) -> None:
+    made, counted = planned(PICKED[kind], torch.randn(8, 64), 100, 64)
+    assert made.dense_flops == counted == 2 * 8 * 8 * 64
+    assert "a matmul takes the rows that it picks" in str(made["w"].reason)
+
+
+def test_rows_that_are_picked_for_another_weight_do_not_count_twice() -> None:
+    made, counted = planned(lambda x, w: F.embedding(x.argmax(1), w) @ (w * 2), torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == counted == 2 * 8 * 64 * 64
+
+
+def into_a_buffer(x: Tensor, w: Tensor) -> Tensor:
+    buffer = torch.empty(w.shape)
+    buffer.copy_(w)
+    return x @ buffer
+
+
+def into_a_part(x: Tensor, w: Tensor) -> Tensor:
+    buffer = x.new_empty(80, 64)
+    buffer[:64] = w
+    return x @ buffer[:64]
+
+
+def into_zeros(x: Tensor, w: Tensor) -> Tensor:
+    buffer = torch.zeros(64, 64)
+    buffer.view(-1).copy_(w.flatten())
+    return x @ buffer
+
+
+@pytest.mark.parametrize("function", [into_a_buffer, into_a_part, into_zeros])
+def test_a_weight_that_is_written_to_other_memory_is_counted(function: Function) -> None:
+    made, counted = planned(function, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == counted == 2 * 8 * 64 * 64
+    assert "the weight of a matmul is computed from that" in str(made["w"].reason)
+
+
+def test_memory_that_data_is_written_to_as_well_is_no_weight() -> None:
+    def both(x: Tensor, w: Tensor) -> Tensor:
+        rows = torch.empty(16, 64)
+        rows[:8] = w[:8]
+        rows[8:] = x
+        return (x @ w) @ rows.T
+
+    made, counted = planned(both, torch.randn(8, 64), 64, 64)
+    assert made.dense_flops == 2 * 8 * 64 * 64 < counted
 
 
 RANDOM: dict[str, Callable[[], Tensor]] = {
