@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import called, is_call, is_tagged, value_of
+from pixelfly_compiler.passes.weights import called, is_call, is_tagged, placeholders, sub_graphs, value_of
 
 Hidden = Mapping[Node, tuple[Any, ...]]  # node -> sizes
+_Levels = dict[Any, Any]  # level of the vmap -> size
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class Scopes:
         modules = [module for module in gm.modules() if isinstance(module, GraphModule)]
         frozen = [node for module in modules for node in _nodes_without_gradients(module)]
         differentiated = [node for module in modules for node in _differentiated_nodes(module)]
-        hidden = {node: sizes for module in modules for node, sizes in _hidden_by_vmap(module)}
-        return Scopes(frozenset(frozen), frozenset(differentiated), reshaped_in_place(gm), hidden)
+        return Scopes(
+            frozenset(frozen),
+            frozenset(differentiated),
+            reshaped_in_place(gm),
+            _hidden_by_vmap(modules),
+        )
 
 
 def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
@@ -57,11 +62,19 @@ def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
             yield node
 
 
-def _hidden_by_vmap(module: GraphModule) -> Iterator[tuple[Node, tuple[Any, ...]]]:
+def _hidden_by_vmap(modules: Sequence[GraphModule]) -> Hidden:
     """Each node with the sizes of the dimensions that `torch.vmap` hides in what it computes."""
-    if not module.graph.find_nodes(op="call_function", target=_add_batch_dim):
-        return
-    hidden: dict[Node, dict[Any, Any]] = {}  # of each node: level of the vmap -> size
+    if not any(module.graph.find_nodes(op="call_function", target=_add_batch_dim) for module in modules):
+        return {}
+    hidden: dict[Node, _Levels] = {}
+    for module in modules:  # outer ones first
+        if next(iter(module.graph.nodes)) not in hidden:
+            _add_hidden(module, {}, hidden)
+    return {node: tuple(sizes.values()) for node, sizes in hidden.items() if sizes}
+
+
+def _add_hidden(module: GraphModule, given: Mapping[Node, _Levels], hidden: dict[Node, _Levels]) -> None:
+    """Of a module and of the bodies that it runs; `given`: what is hidden in its placeholders."""
     for node in module.graph.nodes:
         sizes = {level: size for source in node.all_input_nodes for level, size in hidden[source].items()}
         if node.target is _add_batch_dim:
@@ -69,9 +82,12 @@ def _hidden_by_vmap(module: GraphModule) -> Iterator[tuple[Node, tuple[Any, ...]
             sizes[level] = x.meta["example_value"].shape[dim]
         elif node.target is _remove_batch_dim:
             sizes.pop(node.args[1], None)
-        hidden[node] = sizes
-        if sizes:
-            yield node, tuple(sizes.values())
+        hidden[node] = given.get(node, sizes)
+        if (inside := sub_graphs(module, node)) is not None:
+            for body in inside.bodies:
+                operands = zip(placeholders(body), inside.operands, strict=False)
+                within = {inner: hidden[outer] for inner, outer in operands if isinstance(outer, Node)}
+                _add_hidden(body, within, hidden)
 
 
 def reshaped_in_place(gm: GraphModule) -> frozenset[Node]:

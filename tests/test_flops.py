@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelfly_compiler.decision import Plan
@@ -84,8 +85,19 @@ def test_a_weight_computed_with_constants_is_counted_and_told_so(kind: str) -> N
         (lambda x, w: torch.vmap(torch.vmap(lambda t: w.T @ t), in_dims=1)(x.view(2, 4, 64)), 8),
         (lambda x, w: torch.vmap(lambda part: x @ part)(w.view(2, 64, 32)), 8),
         (lambda x, w: torch.vmap(lambda t: t @ (w * 2))(x), 8),
+        (lambda x, w: torch.vmap(lambda t: checkpoint(torch.matmul, t, w, use_reentrant=False))(x), 8),
+        (lambda x, w: torch.vmap(lambda t: torch.cond(x.sum() > 0, lambda t: t @ w, torch.sin, (t,)))(x), 8),
     ],
-    ids=["autograd.Function", "another order", "vmap", "two vmaps", "vmap over it", "computed under vmap"],
+    ids=[
+        "autograd.Function",
+        "another order",
+        "vmap",
+        "two vmaps",
+        "vmap over it",
+        "computed under vmap",
+        "checkpoint under vmap",
+        "cond under vmap",
+    ],
 )
 def test_all_rows_are_counted(function: Function, rows: int) -> None:
     made, counted = planned(function, torch.randn(8, 64), 64, 64, training=True)
