@@ -20,13 +20,14 @@ _Levels = dict[Any, Any]  # level of the vmap -> size
 class Scopes:
     """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, nodes whose tensor gets another
     shape in place, and, for nodes under `torch.vmap`, the sizes, which may be symbolic, of the dimensions it hides;
-    also in sub-graphs.
+    also in sub-graphs. And whether autocast is on anywhere in them.
     """
 
     without_gradients: frozenset[Node] = frozenset()
     differentiated: frozenset[Node] = frozenset()
     reshaped: frozenset[Node] = frozenset()
     hidden: Hidden = field(default_factory=dict)
+    autocast: bool = False
 
     @staticmethod
     def of(gm: GraphModule) -> Scopes:
@@ -38,6 +39,7 @@ class Scopes:
             frozenset(differentiated),
             reshaped_in_place(gm),
             _hidden_by_vmap(modules),
+            _has_autocast(modules),
         )
 
 
@@ -60,6 +62,12 @@ def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
             depth += {"increment_nesting": 1, "decrement_nesting": -1}.get(step, 0)
         if depth:
             yield node
+
+
+def _has_autocast(modules: Sequence[GraphModule]) -> bool:
+    """Around the compiled code, where it is on now, or in the graphs."""
+    entered = (m.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast) for m in modules)
+    return torch._C._is_any_autocast_enabled() or any(entered)
 
 
 def _hidden_by_vmap(modules: Sequence[GraphModule]) -> Hidden:

@@ -29,7 +29,7 @@ from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
 from pixelfly_compiler.passes.forms import Operands, operands_of, selected
 from pixelfly_compiler.passes.regions import Copies, Layout, Region, overlap
 from pixelfly_compiler.passes.roles import assign_roles
-from pixelfly_compiler.passes.scopes import Hidden, Scopes
+from pixelfly_compiler.passes.scopes import Scopes
 from pixelfly_compiler.passes.weights import (
     FLOATS,
     Use,
@@ -185,10 +185,10 @@ class Found:
 # ---- one matmul ----
 
 
-def _match(use: Use, name: str, shape: Sequence[int], hidden: Hidden) -> Match | None:
+def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
     operands, out = operands_of(use.user, use.operand), value_of(use.user)
-    if operands is None or out is None or out.is_nested:
+    if operands is None or out is None or out.is_nested or not _is_of_one_type(operands, use, scopes.autocast):
         return None
     if use.selection is not None and operands.apart is not None:
         operands = operands.apart()
@@ -203,7 +203,7 @@ def _match(use: Use, name: str, shape: Sequence[int], hidden: Hidden) -> Match |
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
-    sizes = (*hidden.get(use.user, ()), *out.shape)
+    sizes = (*scopes.hidden.get(use.user, ()), *out.shape)
     return Match(
         site=name + region.label(shape),
         parameter=name,
@@ -236,10 +236,18 @@ def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes
     others: list[Use] = []
     for use in uses:
         possible = times[use.user] == 1 and use.user not in scopes.differentiated and not _is_reshaped(use, scopes)
-        match = _match(use, name, shape, scopes.hidden) if possible and use.reaches(scopes.without_gradients) else None
+        match = _match(use, name, shape, scopes) if possible and use.reaches(scopes.without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
+
+
+def _is_of_one_type(operands: Operands, use: Use, autocast: bool) -> bool:
+    """Are x and the weight of one type, or, but for float64, cast to one? PyTorch raises where they are not, though the
+    tensors that Dynamo traces with do not.
+    """
+    types = {value.dtype for node in (operands.x, use.operand) if (value := value_of(node)) is not None}
+    return len(types) == 1 or (autocast and torch.float64 not in types)
 
 
 def _is_reshaped(use: Use, scopes: Scopes) -> bool:

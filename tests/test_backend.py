@@ -761,6 +761,13 @@ def test_a_weight_that_a_later_graph_cuts_otherwise_is_named_once(
     assert "options={'exclude': 'weight'}" in text
 
 
+def test_other_types_raise_as_without_us() -> None:
+    model = Mlp(1)
+    for kind in (torch.float64, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="must have the same dtype"):
+            compiled(model)(some_x().to(kind))
+
+
 def test_a_model_without_sites_runs_dense_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
