@@ -48,6 +48,8 @@ log = logging.getLogger("pixelfly_compiler")
 _weights = CompactWeights()
 # What was decided for each weight, by configuration: training and evaluation, or two batch sizes, must mean the same.
 _decided = Attached[str, Entry]()
+# Why a weight is no site in a graph that uses it, by configuration and model: it then stays dense in the others too.
+_used_densely = Attached[str, str]()
 
 
 @raised_as_they_are
@@ -74,7 +76,9 @@ def pixelfly(
     settled = set() if asked else settled_weights(names, placeholders(gm), example_inputs)
     found = dense_if_settled(found, settled)
     weights = weight_positions(gm, names)
-    plan = _plan(found, config, {name: example_inputs[position] for name, position in weights.items()})
+    values = {name: example_inputs[position] for name, position in weights.items()}
+    found = _dense_as_before(found, config, values, origin.root)
+    plan = _plan(found, config, values, origin.root)
     configs = sparse_configs(found, plan)
     if not configs and (folded or settled):
         return inductor(gm, example_inputs, patches)
@@ -102,6 +106,7 @@ def _reset() -> None:
     """Called by `torch._dynamo.reset()`: forget every compact weight and every decision."""
     _weights.clear()
     _decided.clear()
+    _used_densely.clear()
     announcer.clear()
 
 
@@ -184,7 +189,29 @@ def dense_without_kernels(found: Found) -> Found:
     return replace(found, sites=sites)
 
 
-def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
+def _dense_as_before(
+    found: Found, config: Config, weights: Mapping[str, Tensor], root: torch.nn.Module | None
+) -> Found:
+    """What an earlier graph of the same model uses in a way that keeps it dense stays dense, as `plan()` has it; and
+    this graph's such uses are remembered. What is sparse already stays so, with a warning: see `_plan`.
+    """
+    if config.plan is not None or root is None:
+        return found
+    model, key = f"{id(root)} {config!r}", repr(config)
+    why: dict[str, str] = {}
+    for site in found.sites:
+        weight = weights[site.parameter]
+        before = _used_densely.of(weight).get(model)
+        if before is not None and site.reason is None and key + site.label not in _decided.of(weight):
+            why[site.name] = f"in another graph: {before}"
+    for item in found.skipped:
+        if item.used and not item.lookup and item.name in weights:
+            _used_densely.of(weights[item.name])[model] = item.reason
+    announcer.stay_dense(why)
+    return replace(found, sites=tuple(replace(s, reason=why.get(s.name, s.reason)) for s in found.sites))
+
+
+def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], root: torch.nn.Module | None) -> Plan:
     """The plan for this graph, true to what was decided for its weights in earlier graphs."""
     key = repr(config)
     known: dict[str, Entry] = {}
@@ -194,7 +221,7 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
-    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, key)
+    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, root)
     if config.plan is None:
         for site in found.sites:
             _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
@@ -202,9 +229,16 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor]) -> Plan:
 
 
 def _warn_of_other_uses(
-    found: Found, configs: Collection[str], config: Config, weights: Mapping[str, Tensor], key: str
+    found: Found,
+    configs: Collection[str],
+    config: Config,
+    weights: Mapping[str, Tensor],
+    root: torch.nn.Module | None,
 ) -> None:
-    """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise."""
+    """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise; where it is
+    not known that the graph is of a model, only of those that it multiplies with.
+    """
+    key = repr(config)
 
     def sparse(name: str) -> list[Entry]:
         if config.plan is not None:
@@ -218,7 +252,8 @@ def _warn_of_other_uses(
             if not same and overlap(entry.box, site.box):
                 announcer.used_otherwise(site.parameter, where, site.reason or f"as {site.name}, there as {entry.name}")
     for item in found.skipped:
-        if item.flops and item.name in weights and sparse(item.name):
+        otherwise = item.flops or (root is not None and item.used and not item.lookup)
+        if otherwise and item.name in weights and sparse(item.name):
             announcer.used_otherwise(item.name, where, item.reason)
 
 

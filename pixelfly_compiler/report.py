@@ -207,6 +207,13 @@ class Announcer:
                 name,
             )
 
+    def stay_dense(self, reasons: Mapping[str, str]) -> None:
+        """Weights that could be sparse in this graph, and are not: another graph of the model uses them densely."""
+        new = [name for name in reasons if self._first_time(f"{name} stays dense")]
+        if new:
+            others = f", as do {len(new) - 1} others" if len(new) > 1 else ""
+            log.warning("pixelfly: %s stays dense here%s: %s", new[0], others, reasons[new[0]])
+
     def _first_time(self, key: str) -> bool:
         new = key not in self._said
         self._said.add(key)

@@ -761,6 +761,43 @@ def test_a_weight_that_a_later_graph_cuts_otherwise_is_named_once(
     assert "options={'exclude': 'weight'}" in text
 
 
+class TwoUses(nn.Module):
+    """Uses a weight in two graphs: by a matmul, and by what `other` does."""
+
+    def __init__(self, other: Callable[[Tensor, Tensor], Tensor], matmul_first: bool) -> None:
+        super().__init__()
+        self.w, self.v = (nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5) for _ in range(2))
+        steps = [lambda x: x @ self.w, lambda x: other(x, self.w)]
+        self.steps = steps if matmul_first else steps[::-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.steps[0](x) @ self.v
+        torch._dynamo.graph_break()
+        return self.steps[1](x) @ self.v
+
+
+@pytest.mark.parametrize("other", [lambda x, w: x @ (2 * w), lambda x, w: x + w.sum()], ids=["computed", "summed"])
+@pytest.mark.parametrize("matmul_first", [False, True])
+def test_a_weight_is_dense_or_sparse_in_all_graphs_or_a_warning_says_where_it_is_not(
+    other: Callable[[Tensor, Tensor], Tensor],
+    matmul_first: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = TwoUses(other, matmul_first).requires_grad_(False), some_x()
+    made = planned(model, x)
+    assert [entry.name for entry in made.sparse] == ["v"]
+    result = torch.compile(model, backend="pixelfly", options=OPTIONS)(x)
+    texts = [text for text in warnings_of(caplog) if text.startswith("pixelfly: w ")]
+    assert len(texts) == 1
+    if matmul_first:
+        assert "is sparse in an earlier graph and used otherwise" in texts[0]
+    else:
+        assert "stays dense here: in another graph: used by" in texts[0]
+        torch.testing.assert_close(result, oracle(model, made)(x))
+
+
 def test_other_types_raise_as_without_us() -> None:
     model = Mlp(1)
     for kind in (torch.float64, torch.bfloat16):
