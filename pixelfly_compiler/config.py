@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,12 +87,30 @@ class Config:
 
     def excludes(self, names: Sequence[str]) -> str | None:
         """Why the user keeps a weight (with these names) dense; None if they do not."""
-        hit = next((glob for glob in self.exclude for name in names if fnmatchcase(name, glob)), None)
+        hit = next((glob for glob in self.exclude if _matches(glob, names)), None)
         if hit is not None:
             return f"excluded by {hit!r}"
-        if self.include and not any(fnmatchcase(name, glob) for glob in self.include for name in names):
+        if self.include and not any(_matches(glob, names) for glob in self.include):
             return "not in `include`"
         return None
+
+    def why_unmatched(self, names: Collection[str]) -> list[str]:
+        """What to tell of the globs that match none of a model's names: a slip, most likely."""
+        return [_why_unmatched(glob, names) for glob in (*self.include, *self.exclude) if not _matches(glob, names)]
+
+
+def _matches(glob: str, names: Collection[str]) -> bool:
+    """Is the glob one of these names, which may have brackets where they are of a part of a weight, or does it match
+    one?
+    """
+    return glob in names or any(fnmatchcase(name, glob) for name in names)
+
+
+def _why_unmatched(glob: str, names: Collection[str]) -> str:
+    dotted = re.sub(r"\[(\w+)\]", r".\1", glob)
+    close = [dotted] if _matches(dotted, names) else get_close_matches(glob, names, n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "print(plan) lists the names"
+    return f"{glob!r} matches the name of no weight: {hint}"
 
 
 def _as_plan(value: Any) -> Plan:

@@ -38,6 +38,7 @@ from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.emit_folder import KERNELS, REPORT, replaced_when_complete
 from pixelfly_compiler.errors import EmitError, OptionError, PixelflyError
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
+from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
@@ -149,7 +150,9 @@ def _emit(
     compact = compact_plan(model)
     if compact and not anew:
         found = dense_if_settled(found, set(weights))
-    plan = make_plan(found, config, weights=weights, device=gpu_device(gpu), training=training)
+    plan = make_plan(
+        found, config, weights=weights, device=gpu_device(gpu), training=training, names=weight_names(model, found)
+    )
     gradients = training or found.differentiates
     with torch.set_grad_enabled(gradients):
         configs = sparse_configs(found, plan)

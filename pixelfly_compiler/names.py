@@ -6,6 +6,7 @@ is on the stack while a graph is compiled, and knows its parameters by identity.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -65,6 +66,15 @@ def names_of(gm: GraphModule, example_inputs: Sequence[object], origin: Origin) 
     if origin.root is None:
         return parameter_names(gm, example_inputs)
     return parameter_names_by_identity(gm, example_inputs, origin.root)
+
+
+def weight_names(model: nn.Module, found: Found) -> set[str]:
+    """All names of a model's parameters and of their parts that are sites; of what a weight is computed from, as a
+    compact one is, also the weight's.
+    """
+    names = {own_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    names |= {re.sub(r"parametrizations\.(\w+)\.original\d*$", r"\1", name) for name in names}
+    return names | {site.name for site in found.sites}
 
 
 def namesakes(graphs: Iterable[tuple[GraphModule, Sequence[object]]], root: nn.Module) -> dict[str, tuple[str, ...]]:

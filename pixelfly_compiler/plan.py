@@ -6,7 +6,7 @@ make_plan(found)   -->  candidates per site, one role for repeated layers, alloc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from pixelfly_compiler.capture import capture
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.kernels.support import max_strides
+from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.oracle import project, project_, rescale_
 from pixelfly_compiler.passes import candidates as ways
 from pixelfly_compiler.passes.allocate import FILL, Allocation, Option, Role, allocate
@@ -51,7 +52,7 @@ def plan(
         training = model.training and any(parameter.requires_grad for parameter in model.parameters())
     found = capture(model, positional, kwargs, training=training)
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
-    return make_plan(found, config, weights=weights, device=device, training=training)
+    return make_plan(found, config, weights=weights, device=device, training=training, names=weight_names(model, found))
 
 
 def make_plan(
@@ -62,11 +63,13 @@ def make_plan(
     device: Device | None = None,
     training: bool = False,
     decided: Mapping[str, Entry] | None = None,
+    names: Collection[str] = (),
 ) -> Plan:
     """The plan for what `find_sites` found, within `config.budget`.
 
     `weights` (by name) let the allocator "error" see real errors. `decided` are entries of earlier graphs of the same
-    model: they stay as they are, so that training and evaluation, or two batch sizes, mean the same.
+    model: they stay as they are, so that training and evaluation, or two batch sizes, mean the same. `names` are all of
+    the model's: what the user names and is none of them is noted.
     """
     if config.plan is not None:
         config.plan.check(found.sites)
@@ -89,6 +92,8 @@ def make_plan(
     choice |= _varied(found.sites, decisions) if config.vary_strides else decisions
     entries = [_site_entry(site, *choice[site.name], problem.device_of(site), training) for site in found.sites]
     entries += [_skipped_entry(item) for item in found.skipped]
+    if names:
+        notes += config.why_unmatched(names)
     if not found.sites:
         notes.append("no site: no matmul here has a parameter as its weight, so everything runs dense")
     return Plan(tuple(entries), config.budget, config.allocator, config.basis, training, tuple(notes))

@@ -207,6 +207,12 @@ class Announcer:
                 name,
             )
 
+    def unmatched(self, texts: Iterable[str]) -> None:
+        """Globs of the user's that match nothing."""
+        for text in texts:
+            if self._first_time(text):
+                log.warning("pixelfly: %s", text)
+
     def stay_dense(self, reasons: Mapping[str, str]) -> None:
         """Weights that could be sparse in this graph, and are not: another graph of the model uses them densely."""
         new = [name for name in reasons if self._first_time(f"{name} stays dense")]

@@ -25,6 +25,7 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import REPLAN, Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.owners import Owner, check_shape, heads, owners, planned
 from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
 from pixelfly_compiler.passes.sites import Site
@@ -262,7 +263,10 @@ def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config:
         for site in found.sites
     )
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
-    return make_plan(replace(found, sites=sites), config.replace(basis="svd"), weights=weights, training=True)
+    config, names = config.replace(basis="svd"), weight_names(model, found)
+    for text in config.why_unmatched(names):
+        log.warning("pixelfly: %s", text)
+    return make_plan(replace(found, sites=sites), config, weights=weights, training=True, names=names)
 
 
 def _why_dense(site: Site, holders: Sequence[Owner], untie: bool) -> str | None:

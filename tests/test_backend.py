@@ -805,6 +805,18 @@ def test_other_types_raise_as_without_us() -> None:
             compiled(model)(some_x().to(kind))
 
 
+def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Mlp(1).requires_grad_(False), some_x()
+    run = compiled(model, exclude=("layers[0].up.weight", "*.bias", "lm_head"))
+    for rows in (1, 2):
+        run(x[:rows])
+    texts = [text for text in warnings_of(caplog) if "matches the name" in text]
+    assert texts == [
+        "pixelfly: 'layers[0].up.weight' matches the name of no weight: did you mean 'layers.0.up.weight'?",
+        "pixelfly: 'lm_head' matches the name of no weight: print(plan) lists the names",
+    ]
+
+
 def test_a_model_without_sites_runs_dense_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

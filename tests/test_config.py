@@ -76,6 +76,18 @@ def test_include_and_exclude() -> None:
     assert config.excludes(["h.0.mlp.fc"]) == "excluded by '*.0.*'"
 
 
+def test_names_of_parts_are_no_globs_and_globs_that_match_nothing_are_told() -> None:
+    names = ["h.0.fc.weight", "h.1.fc.weight", "w[0:48]", "w"]
+    config = Config(exclude=("w[0:48]", "h.[01].*", "h[1].fc.weight", "h.0.fc.wieght", "x*"), include="w")  # type: ignore[arg-type]
+    assert config.excludes(["w[0:48]", "w"]) == "excluded by 'w[0:48]'"
+    assert config.excludes(["w[48:96]", "w"]) is None
+    assert [text.partition(" matches the name of no weight: ")[::2] for text in config.why_unmatched(names)] == [
+        ("'h[1].fc.weight'", "did you mean 'h.1.fc.weight'?"),
+        ("'h.0.fc.wieght'", "did you mean 'h.0.fc.weight' or 'h.1.fc.weight'?"),
+        ("'x*'", "print(plan) lists the names"),
+    ]
+
+
 def test_config_is_a_value() -> None:
     assert hash(Config(exclude=("a",))) == hash(Config(exclude=["a"]))  # type: ignore[arg-type]
     assert Config().replace(budget=0.5) == Config(budget=0.5)

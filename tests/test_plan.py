@@ -386,6 +386,13 @@ def test_a_part_of_a_weight_fits_only_where_the_plan_leaves_the_weight_dense() -
         planned(site(128, 128), force=True).check([half])
 
 
+def test_a_glob_that_matches_nothing_is_noted() -> None:
+    made = small_plan(Mlp(128, layers=3), exclude=["*.2.0.*", "*.bias", "layers[1].*"], budget=0.5)
+    assert [note for note in made.notes if "matches" in note] == [
+        "'layers[1].*' matches the name of no weight: did you mean 'layers.1.*'?"
+    ]
+
+
 def test_a_table_at_any_width_names_all_and_folds_layers() -> None:
     made = small_plan(Mlp(128, layers=3), exclude="*.2.0.*", budget=0.5)
     for width in (40, 80, 200):
