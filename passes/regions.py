@@ -190,6 +190,15 @@ class Region:
         """The matrix, or matrices, in this part of a weight; a copy where dimensions fold."""
         return self.unfolded(weight).reshape(self.shape or self.size)
 
+    def is_matrix_of(self, shape: Sequence[int]) -> bool:
+        """Is this one matrix, and every element of a parameter in it?"""
+        return len(self.shape or self.size) == 2 and math.prod(self.size) == math.prod(shape) and self.is_box(shape)
+
+    def weight(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """The parameter of this shape all of which is this matrix; a view of it where there is one."""
+        order = sorted(range(len(self.size)), key=lambda dim: -self.stride[dim])
+        return matrix.reshape(self.size).permute(order).reshape(tuple(shape))
+
     def is_all_of(self, shape: Sequence[int]) -> bool:
         """Is this the whole of a parameter, as it is stored?"""
         return self == Region.whole(shape)

@@ -119,7 +119,9 @@ class CompactWeight(nn.Module):
         index = self.index.to(blocks.device)
         shape = self.support.out_features, self.support.in_features
         weight: Tensor = torch.ops.pixelfly.densify(blocks, u, v, index, *shape)
-        return weight.t() if self.entry.transposed else weight
+        stored = weight.t() if self.entry.transposed else weight
+        region = self.entry.region
+        return stored if region is None else region.weight(stored, self.entry.weight_shape)
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Factors:
@@ -156,7 +158,8 @@ class CompactWeight(nn.Module):
         return {"blocks": blocks, "u": (support.out_features, rank), "v": (support.in_features, rank), "gamma": (1,)}
 
     def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.entry.transposed else weight
+        stored = weight if self.entry.region is None else self.entry.region.view(weight)
+        return stored.t() if self.entry.transposed else stored
 
     def _stored(self, like: Tensor, blocks: Tensor, u: Tensor, v: Tensor) -> Factors:
         """What `forward` turns into scatter(blocks) + u v^T, in the dtype of `like`."""
@@ -181,7 +184,7 @@ class CompactWeight(nn.Module):
     def scales_in(self, state: Tensor) -> Scales:
         """The scales in another weight's extra state, if its factors would fit here."""
         entry, scales = _described(state)
-        if (entry.config, entry.transposed) != (self.entry.config, self.entry.transposed):
+        if any(getattr(entry, key) != getattr(self.entry, key) for key in ("config", "transposed", "region")):
             raise PlanMismatchError(
                 f"was saved as {entry.decision}, and is {self.entry.decision} here",
                 site=self.entry.name,

@@ -28,6 +28,7 @@ from pixelfly_compiler.kernels import projection
 from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.owners import Owner, check_shape, heads, owners, planned
 from pixelfly_compiler.parametrization import OPTIMIZERS, CompactWeight, Factors
+from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.passes.weights import own_name
 from pixelfly_compiler.plan import make_plan
@@ -286,12 +287,12 @@ def _why_dense(site: Site, holders: Sequence[Owner], untie: bool) -> str | None:
     return None
 
 
-_PART = "a part of a parameter, or not of two dimensions: it has no factors of its own"
+_PART = "a part of a parameter, or several matrices: it has no factors of its own"
 
 
 def _is_matrix(site: Site | Entry) -> bool:
-    """Is this all of a parameter of two dimensions?"""
-    return site.region is None and len(site.weight_shape) == 2
+    """Is this one matrix, and all of a parameter?"""
+    return (site.region or Region.whole(site.weight_shape)).is_matrix_of(site.weight_shape)
 
 
 def _targets(model: nn.Module, plan: Plan, optimizer: str, untie: bool) -> list[_Target]:

@@ -103,6 +103,33 @@ def test_every_way_to_write_a_matmul_is_folded(name: str, rank: int) -> None:
         assert folded(One(function, rank, transposed), x) == (expected, 0)
 
 
+PER_HEAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "einsum": (lambda x, w: torch.einsum("sd,hde->she", x, w), (4, IN, 32)),
+    "einsum, turned": (lambda x, w: torch.einsum("sd,hed->hse", x, w), (4, 32, IN)),
+    "einsum over heads": (lambda x, w: torch.einsum("she,hde->sd", x.unflatten(1, (3, 32)), w), (3, OUT, 32)),
+    "matmul": (lambda x, w: x @ w, (4, IN, 32)),
+    "reshape": (lambda x, w: x @ w.permute(1, 0, 2).reshape(IN, -1), (4, IN, 32)),
+    "patches": (lambda x, w: F.conv1d(x[None], w, stride=2), (OUT, ROWS, 2)),
+}
+
+
+class PerHead(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.function, shape = PER_HEAD[kind]
+        self.weight = nn.Parameter(torch.randn(shape) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize("kind", PER_HEAD)
+def test_a_matrix_in_a_parameter_of_another_shape_is_folded(kind: str) -> None:
+    model = pf.sparsify_(PerHead(kind), X, **OPTIONS)
+    torch._dynamo.reset()
+    assert folded(model, X) == (1, 0)
+
+
 def bias_of_the_weight(x: Tensor, w: Tensor) -> Tensor:
     return F.linear(x, w) + w.mean()
 
@@ -239,6 +266,16 @@ def test_compiled_equals_eager_and_the_dense_weight_never_exists(how: str, graph
     assert sum(count(gm, LINEAR) for gm in graphs) >= 4
     assert not any(list(value.shape) in ([OUT, IN], [IN, OUT]) for value in values(graphs))
     assert any(list(value.shape) == [IN, IN] for value in values(graphs)), "the head is to stay dense"
+
+
+@pytest.mark.parametrize("kind", ["einsum", "patches"])
+def test_a_matrix_in_a_parameter_of_another_shape_learns_as_in_eager_mode(kind: str) -> None:
+    model = pf.sparsify_(PerHead(kind), X, **OPTIONS)
+    ours, eager = (step(model, call, X) for call in (torch.compile(model, backend="pixelfly"), model))
+    double = copy.deepcopy(model).double()
+    for mine, plain, truth in zip(ours, eager, step(double, double, to_double(X)), strict=True):
+        if truth.numel() > 1:
+            assert_as_good_as(mine, plain, truth, factor=4.0)
 
 
 def test_generated_code_has_no_dense_weight() -> None:

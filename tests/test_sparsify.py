@@ -280,19 +280,54 @@ def test_an_untied_head_of_a_part_of_another_model_is_loaded() -> None:
     torch.testing.assert_close(whole["backbone"](ids), dense(ids), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("left", [False, True])
-def test_a_weight_with_a_dimension_ahead_stays_dense(left: bool) -> None:
-    class Ahead(nn.Module):
+MATRICES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "a dimension ahead": (lambda x, w: x @ w, (1, WIDTH, 96)),
+    "a dimension ahead, left": (lambda x, w: w @ x.mT, (1, 96, WIDTH)),
+    "for each head": (lambda x, w: torch.einsum("bsd,hde->bshe", x, w), (4, WIDTH, 24)),
+    "for each head, turned": (lambda x, w: torch.einsum("bsd,hed->bhse", x, w), (4, 24, WIDTH)),
+    "heads in between": (lambda x, w: torch.einsum("bsd,dhe->bshe", x, w), (WIDTH, 4, 24)),
+    "the sum over heads": (lambda x, w: torch.einsum("bshe,hde->bsd", x.unflatten(2, (4, -1)), w), (4, 96, 32)),
+    "1 x 1": (lambda x, w: F.conv1d(x.mT, w), (96, WIDTH, 1)),
+    "patches": (lambda x, w: F.conv1d(x.mT, w, stride=2), (96, WIDTH, 2)),
+}
+
+
+class OneMatrix(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.function, shape = MATRICES[kind]
+        self.w = nn.Parameter(torch.randn(shape) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_one_matrix_in_a_parameter_of_any_shape_becomes_compact(kind: str) -> None:
+    dense, x = OneMatrix(kind), torch.randn(3, 8, WIDTH)
+    model = compact(copy.deepcopy(dense), x, init="project")
+    assert list(pf.factors(model)) == ["w"] and model.w.shape == dense.w.shape
+    oracle = pf.project_(copy.deepcopy(dense), pf.plan_of(model), basis="svd")
+    torch.testing.assert_close(model(x), oracle(x), rtol=1e-4, atol=1e-4)
+    other = pf.load_weights_(OneMatrix(kind), model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
+    torch.testing.assert_close(pf.densify_(other).w, model.w)
+
+
+@pytest.mark.parametrize("shape", [(3, WIDTH, 96), (2, 96, WIDTH)])
+def test_parts_and_several_matrices_stay_dense(shape: tuple[int, ...]) -> None:
+    class Several(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w, self.body = nn.Parameter(torch.randn(1, WIDTH, WIDTH)), nn.Linear(WIDTH, WIDTH)
+            self.w, self.body = nn.Parameter(torch.randn(shape)), nn.Linear(WIDTH, WIDTH)
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.body(x)
-            return self.w @ x if left else x @ self.w
+            return x @ self.w if shape[1] == WIDTH else F.linear(x, self.w[0])
 
-    model = compact(Ahead(), torch.randn(3, WIDTH, WIDTH))
+    model = compact(Several(), torch.randn(3, WIDTH, WIDTH))
     assert list(pf.factors(model)) == ["body.weight"]
+    assert "a part of a parameter, or several matrices" in str([e.reason for e in pf.plan_of(model)])
 
 
 def test_a_module_of_two_names_is_one_owner() -> None:
