@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from pixelfly_compiler.passes.flops import hint
 from pixelfly_compiler.passes.regions import Layout
 from pixelfly_compiler.passes.weights import Selection, is_call, may_write, value_of
 
@@ -197,9 +198,9 @@ def selected(operands: Operands, selection: Selection, matrix: Layout) -> Operan
 
     One index, or a list of one: all rows meet the matrix that it picks. Several: the rows are sorted by them.
     """
-    is_list = len(matrix.dims) == 3
-    is_one = len(matrix.dims) == 2 and (not selection.several or len(_shape(operands.weight)) == 3)
-    if operands.given or not (is_one or (is_list and selection.several)):
+    is_list = selection.several and len(matrix.dims) == 3
+    is_one = len(matrix.dims) == 2 and (not selection.several or _is_one(_shape(selection.index)[0]))
+    if operands.given or not (is_one or (is_list and _are_the_picked(operands, selection, matrix))):
         return None
     if is_list:
         return replace(
@@ -216,6 +217,13 @@ def selected(operands: Operands, selection: Selection, matrix: Layout) -> Operan
         given=(selection.index,),
         ends=partial(_all_in_one, matrices=selection.count, width=matrix.shape[-1]),
     )
+
+
+def _are_the_picked(operands: Operands, selection: Selection, matrix: Layout) -> bool:
+    """Are the matrices all that the list picks, in its order? Of the first of these, `matrix` is the layout."""
+    weight = torch.empty([hint(size) for size in _shape(operands.weight)], device="meta")
+    picked = hint(_shape(selection.index)[0])
+    return matrix.shape[0] == 1 and tuple(operands.matrix(weight).shape) == (picked, *matrix.shape[1:])
 
 
 def _all_in_one(x: Any, index: Any, matrices: int, width: int) -> Any:

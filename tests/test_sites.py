@@ -856,6 +856,34 @@ def test_matrices_that_an_index_picks_are_not_joined(rows: int, picks: int) -> N
             assert [(site.matrices, site.out_features, site.reason) for site in found.sites] == [(3, 48, None)]
 
 
+LISTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
+    "out": (lambda x, w: torch.einsum("bsk,ekn->besn", x, w), (3, 32, 48)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, ([2], [1])), (3, 32, 48)),
+    "inner": (lambda x, w: torch.inner(x, w), (3, 48, 32)),
+    "contracted": (lambda x, w: torch.einsum("bek,ekn->bn", x[:, : len(w)], w), (3, 32, 48)),
+    "addbmm": (lambda x, w: torch.addbmm(x.new_ones(48), x[:1].expand(len(w), -1, -1), w), (3, 32, 48)),
+    "channels": (lambda x, w: F.conv1d(x.mT, w, stride=2).sum(1), (3, 32, 2)),
+    "turned": (lambda x, w: x[..., : len(w)] @ w.transpose(0, 1), (3, 2, 48)),
+    "some": (lambda x, w: x[:1] @ w[:2], (3, 32, 48)),
+    "in another order": (
+        lambda x, w: x[:1] @ w.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) if len(w) > 1 else x @ w,
+        (3, 32, 48),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_a_list_of_picked_matrices_is_one_matrix_only_if_it_has_one(form: str) -> None:
+    function, shape = LISTS[form]
+    for picks in (1, 4):
+        model = OneWeight(lambda x, w, b, n=picks: function(x, w[x.flatten(0, 1)[:n, :3].argmax(-1)]), *shape)
+        (found,) = found_in(model, X)
+        if picks > 1 or form == "turned":
+            assert not found.matches
+        else:
+            assert [(site.matrices, site.reason) for site in found.sites] == [(3, None)]
+
+
 def test_several_matrices_for_each_row_are_dense_with_the_reason_and_their_flops_count() -> None:
     class TopK(Experts):
         def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
