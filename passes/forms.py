@@ -274,8 +274,9 @@ def _contraction(
     """The sum over the letters that x and the weight share, as einsum means it; x may lack its first dimensions, as if
     they were 1 wide.
 
-    Where one of the two is 1 wide in a letter that stays, or x repeats itself, the letter is the other's alone: several
-    matrices which all rows meet are one. Without `join` they stay several, and x is repeated.
+    A letter that stays, and in which the weight is 1 wide, is x's alone. One that x itself has not, for the graph adds
+    it, is the weight's alone: several matrices which all rows meet are one. Without `join` they stay several, as they
+    do where x happens to be 1 wide, and x is repeated: not the values decide which matrix it is.
     """
     missing, sizes = len(of_x) - len(_shape(x)), dict(zip(of_weight, _shape(weight), strict=True))
     of_x_sizes = dict(zip(of_x, (*(1,) * missing, *_shape(x)), strict=True))
@@ -286,8 +287,8 @@ def _contraction(
         for letter in of_both
         if join
         and letter not in single
-        and _is_repeated(x, of_x.index(letter) - missing)
-        and not _is_repeated(weight, of_weight.index(letter))
+        and _is_added(x, of_x.index(letter) - len(of_x))
+        and not _is_expanded(weight, of_weight.index(letter))
     ]
     wide = {letter: sizes[letter] for letter in of_both if letter not in (*single, *met_by_all)}
     wide = {letter: n for letter, n in wide.items() if _is_one(of_x_sizes[letter]) and not _is_one(n)}
@@ -349,7 +350,7 @@ def _then(x: Any, first: Step, step: Step) -> Any:
 
 
 def _ready(x: Any, missing: int, sizes: Sequence[int], dropped: Sequence[int]) -> Any:
-    """x with the dimensions that it lacks, those repeated that have a size, and without what repeats itself."""
+    """x with the dimensions that it lacks, those repeated that have a size, and without those that the graph adds."""
     for _ in range(missing):
         x = x.unsqueeze(0)
     return _first_of(x.expand(*sizes) if sizes else x, dropped)
@@ -359,13 +360,34 @@ def _is_one(size: object) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _is_repeated(argument: object, dim: int) -> bool:
-    """Is this tensor the same at all places of a dimension, or has it none at such a place?"""
-    value = value_of(argument)
-    if value is None or value.is_nested or value.layout is not torch.strided:
+def _is_added(x: object, dim: int) -> bool:
+    """Does the graph add this dimension, counted from the end, whatever the sizes: has x none at that place, or one of
+    `unsqueeze` or of None in an index, expanded or not?
+    """
+    dims = len(_shape(x))
+    if dim < -dims or not isinstance(x, Node):
+        return dim < -dims
+    if is_call(x, (torch.unsqueeze,), "unsqueeze"):
+        source, place = _arguments(x, ("input", "dim"))
+        place -= dims if place >= 0 else 0
+        return place == dim or _is_added(source, dim + 1 if dim < place else dim)
+    if is_call(x, (torch.broadcast_to,), "expand", "broadcast_to"):
+        return _is_added(x.args[0], dim)
+    if is_call(x, (operator.getitem,)) and isinstance(x.args[0], Node):
+        items = list(x.args[1]) if isinstance(x.args[1], tuple) else [x.args[1]]
+        if any(item not in (None, ..., slice(None)) for item in items):
+            return False
+        place = items.index(...) if ... in items else len(items)
+        items[place : place + 1] = [slice(None)] * (dims - len(items) + (... in items))
+        return items[dim] is None
+    return False
+
+
+def _is_expanded(weight: object, dim: int) -> bool:
+    value = value_of(weight)
+    if value is None or value.layout is not torch.strided:
         return False
-    stride = value.stride(dim) if dim >= 0 else 0
-    return (isinstance(stride, int) and stride == 0) or _is_one(value.shape[dim])
+    return isinstance(value.stride(dim), int) and value.stride(dim) == 0
 
 
 def _tensordot(node: Node, operand: Node) -> Operands | None:

@@ -165,8 +165,9 @@ PER_HEAD: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
     "matmul, of one row": (lambda x, w: x[0, 0] @ w, HEADS),
     "matmul, left": (lambda x, w: w @ x.mT[:, None], TURNED),
     "matmul, of two and two": (lambda x, w: x[:, None, None] @ w.unflatten(0, (2, 2)), HEADS),
-    "bmm": (lambda x, w: x.view(1, 10, 32).expand(4, 10, 32).bmm(w), HEADS),
-    "baddbmm": (lambda x, w: torch.baddbmm(x.new_ones(12), x[:1].expand(4, 5, 32), w), HEADS),
+    "matmul, unsqueezed": (lambda x, w: x.unsqueeze(1).unsqueeze(-4) @ w.unflatten(0, (1, 4)), HEADS),
+    "bmm": (lambda x, w: x.view(10, 32).expand(4, 10, 32).bmm(w), HEADS),
+    "baddbmm": (lambda x, w: torch.baddbmm(x.new_ones(12), x[0][None].expand(4, 5, 32), w), HEADS),
     "reshape": (lambda x, w: x @ w.permute(1, 0, 2).reshape(32, 48), HEADS),
     "flatten": (lambda x, w: F.linear(x, w.mT.flatten(0, 1)), HEADS),
     "a copy, and a view of it": (lambda x, w: x @ w.permute(1, 2, 0).contiguous().view(32, 48), HEADS),
@@ -204,6 +205,32 @@ def test_a_weight_that_is_repeated_or_used_in_two_orders_is_dense_with_the_reaso
     )
     (found,) = found_in(twice, X)
     assert "as different matrices" in str(found.sites[0].reason)
+
+
+OF_X_OR_OF_ITS_ROWS: dict[str, Callable[..., torch.Tensor]] = {
+    "bmm": lambda x, w: torch.bmm(x.expand(4, -1, -1), w),
+    "matmul": lambda x, w: x @ w,
+    "einsum": lambda x, w: torch.einsum("ebk,ekn->ben", x, w),
+    "left": lambda x, w: w.mT @ x[None].mT,
+}
+
+
+@pytest.mark.parametrize("form", OF_X_OR_OF_ITS_ROWS)
+def test_not_the_values_of_x_decide_how_many_matrices_a_weight_is(form: str) -> None:
+    model = OneWeight(lambda x, w, b: OF_X_OR_OF_ITS_ROWS[form](x, w), *HEADS)
+    for x in (torch.randn(4, 6, 32), torch.randn(1, 6, 32), torch.randn(1, 6, 32).expand(4, -1, -1)):
+        match, (result, x, weight, *_) = one_match(model, x)
+        assert (match.matrices, match.out_features, match.region, match.rows) == (4, 12, None, 24)
+        rows = match.operands.enter(x)
+        product = rows.flatten(1, -2) @ match.operands.matrix(weight).mT
+        torch.testing.assert_close(result, match.operands.leave(product.view(*rows.shape[:-1], 12)))
+
+
+def test_each_row_of_an_x_that_repeats_itself_has_its_gradient() -> None:
+    x = torch.randn(1, 6, 32).expand(4, -1, -1).detach().requires_grad_()
+    match, _ = one_match(OneWeight(lambda x, w, b: torch.bmm(x, w), *HEADS), x)
+    (gradient,) = torch.autograd.grad(match.operands.enter(x).sum(), x)
+    torch.testing.assert_close(gradient, torch.ones(4, 6, 32))
 
 
 @pytest.mark.parametrize("equation", ["...sd,...df->...sf", "b...d,...df->b...f", "...sd,...df", "...d,...df"])
