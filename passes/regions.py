@@ -51,7 +51,7 @@ class Layout:
         """This view of a copy, in the memory of the parameter that `copied` of it was copied from, one element after
         the other. None if its dimensions are not made of whole steps there.
         """
-        if copied is None:
+        if copied is None or 0 in self.shape:
             return self
         radix = [step for steps in copied.dims for step in steps]
         digits = _unravel(self.offset, [size for size, _ in radix])
@@ -219,6 +219,12 @@ class Region:
         return tuple(range(low, high + 1) for low, high in zip(first, last, strict=True))
 
     def is_box(self, shape: Sequence[int]) -> bool:
+        """Is this all of its box, each element once?"""
+        reach = 0
+        for stride, size in sorted(zip(self.stride, self.size, strict=True)):
+            if size > 1 and stride <= reach:
+                return False
+            reach += max(size - 1, 0) * stride
         return math.prod(map(len, self.box(shape))) == math.prod(self.size)
 
     def label(self, shape: Sequence[int]) -> str:

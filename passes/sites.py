@@ -200,6 +200,8 @@ def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match |
         matrix = replace(matrix, dims=matrix.dims[1:])
     if operands is None or matrix is None or len(matrix.dims) not in (2, 3):
         return None
+    if 0 in matrix.shape and 0 not in shape:  # an empty slice
+        return None
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))

@@ -233,6 +233,32 @@ def test_each_row_of_an_x_that_repeats_itself_has_its_gradient() -> None:
     torch.testing.assert_close(gradient, torch.ones(4, 6, 32))
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x @ w[::3].repeat_interleave(2, 0).T,
+        lambda x, w: x @ w[:2].expand(2, 2, 32).flatten(0, 1).T,
+        lambda x, w: x @ w.as_strided((4, 32), (32, 0)).T,
+    ],
+)
+def test_repeats_that_are_as_many_as_the_elements_of_a_box_are_repeats(function: Callable[..., torch.Tensor]) -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: function(x, w), 4, 32), X)
+    assert found.sites[0].reason == "the weight is repeated"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: x @ w.t() + w.t().contiguous()[:0].sum(),
+        lambda x, w: torch.cat([x @ w.t().contiguous()[:, :0], x @ w.t()], -1),
+        lambda x, w: torch.cat([x @ w[:0].t(), x @ w.t()], -1),
+    ],
+)
+def test_an_empty_slice_of_a_weight_is_no_use_of_it(function: Callable[..., torch.Tensor]) -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: function(x, w), 48, 32), X)
+    assert [(site.name, site.reason, site.rows) for site in found.sites] == [("w", None, 10)]
+
+
 @pytest.mark.parametrize("equation", ["...sd,...df->...sf", "b...d,...df->b...f", "...sd,...df", "...d,...df"])
 def test_an_ellipsis_stands_for_the_same_dimensions_in_both(equation: str) -> None:
     x = X[:, None] if "s" in equation else X
