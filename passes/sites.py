@@ -152,6 +152,10 @@ class Match:
     rows_expr: str = "0"
     dtype: torch.dtype = torch.float32
 
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.out_features * self.in_features
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -406,18 +410,20 @@ class _Weight:
     def sites(self, other_flops: int) -> list[Site]:
         names = dict.fromkeys(match.site for match in self.matches)
         sites = [self._site([match for match in self.matches if match.site == name]) for name in names]
-        return [replace(sites[0], other_flops=other_flops), *sites[1:]] if sites else []
+        first = [replace(site, other_flops=site.other_flops + other_flops) for site in sites[:1]]
+        return [*first, *sites[1:]]
 
     def _site(self, matches: Sequence[Match]) -> Site:
         first, modules = matches[0], _modules(matches)
+        alike = [match for match in matches if match.region == first.region]  # others' rows are of other lengths
         return Site(
             name=first.site,
             weight_shape=self.shape,
             out_features=first.out_features,
             in_features=first.in_features,
             transposed=first.transposed,
-            rows=sum(match.rows for match in matches),
-            rows_expr=str(sum((sympy.sympify(match.rows_expr) for match in matches), sympy.Integer(0))),
+            rows=sum(match.rows for match in alike),
+            rows_expr=str(sum((sympy.sympify(match.rows_expr) for match in alike), sympy.Integer(0))),
             role="",
             dtype=_dtype_name(first.dtype),
             device=str(self.value.device),
@@ -428,6 +434,7 @@ class _Weight:
             region=first.region,
             matrices=first.matrices or 1,
             modules=modules,
+            other_flops=sum(match.flops for match in matches if match.region != first.region),
             nodes=tuple(match.node.name for match in matches),
         )
 

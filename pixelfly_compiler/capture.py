@@ -286,6 +286,8 @@ def _merge_sites(a: Site, b: Site) -> Site:
         reason = BOTH_ORIENTATIONS
     if reason is None and a.region != b.region:
         reason = overlapping(a.name, b.name)
+    if a.region != b.region:  # rows of other lengths
+        b = replace(b, rows=0, rows_expr="0", other_flops=b.other_flops + 2 * b.rows * b.elements)
     rows_expr = a.rows_expr if b.rows_expr == "0" else f"{a.rows_expr} + {b.rows_expr}"
     return replace(
         a,

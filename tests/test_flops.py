@@ -122,6 +122,26 @@ def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> No
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
 
 
+TWO_LAYOUTS: list[Function] = [
+    lambda x, w: torch.einsum("bsd,hde->bshe", x, w).sum(2),
+    lambda x, w: torch.bmm(x[:4].reshape(4, -1, 64), w).sum(),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("broken", [False, True])
+def test_rows_of_two_layouts_of_a_weight_are_counted_as_long_as_they_are(order: int, broken: bool) -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        first = TWO_LAYOUTS[::order][0](x, w)
+        if broken:
+            torch._dynamo.graph_break()
+        return first + TWO_LAYOUTS[::order][1](x, w)
+
+    made, counted = planned(function, torch.randn(6, 4, 64), 4, 64, 32)
+    assert made.dense_flops == counted == 2 * (24 * 64 * 128 + 16 * 64 * 32)
+    assert "as different matrices" in str(made["w"].reason)
+
+
 PICKED: dict[str, Function] = {
     "indexed": lambda x, w: x @ w[x.argmax(1)].T,
     "selected": lambda x, w: x @ w.index_select(0, x.argmax(1)).T,
