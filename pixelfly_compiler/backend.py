@@ -36,7 +36,7 @@ from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.regions import overlap
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
+from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, SiteConfig, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import placeholders
 from pixelfly_compiler.plan import make_plan
@@ -204,7 +204,7 @@ def _dense_as_before(
     for site in found.sites:
         weight = weights[site.parameter]
         before = _used_densely.of(weight).get(model)
-        if before is not None and site.reason is None and key + site.label not in _decided.of(weight):
+        if before is not None and site.reason is None and key + _matrix(site) not in _decided.of(weight):
             why[site.name] = f"in another graph: {before}"
     for item in found.skipped:
         if item.used and not item.lookup and item.name in weights:
@@ -218,16 +218,21 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], root: tor
     key = repr(config)
     known: dict[str, Entry] = {}
     for site in found.sites:
-        entry = _decided.of(weights[site.parameter]).get(key + site.label)
-        if entry is not None and (entry.region, entry.transposed) == (site.region, site.transposed):
+        entry = _decided.of(weights[site.parameter]).get(key + _matrix(site))
+        if entry is not None:
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
     _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, root)
     if config.plan is None:
         for site in found.sites:
-            _decided.of(weights[site.parameter])[key + site.label] = plan[site.name]
+            _decided.of(weights[site.parameter])[key + _matrix(site)] = plan[site.name]
     return plan
+
+
+def _matrix(site: Site | Entry) -> str:
+    """Which part of its weight it is, and how that lies there."""
+    return repr((site.region, site.transposed))
 
 
 def _warn_of_other_uses(
@@ -250,9 +255,10 @@ def _warn_of_other_uses(
     where = "an earlier graph" if config.plan is None else "the plan"
     for site in found.sites:
         for entry in sparse(site.parameter):
-            same = (entry.region, entry.transposed) == (site.region, site.transposed) and site.name in configs
-            if not same and overlap(entry.box, site.box):
-                announcer.used_otherwise(site.parameter, where, site.reason or f"as {site.name}, there as {entry.name}")
+            same = _matrix(entry) == _matrix(site)
+            if (not same or site.name not in configs) and overlap(entry.box, site.box):
+                turned = BOTH_ORIENTATIONS if entry.region == site.region else overlapping(site.name, entry.name)
+                announcer.used_otherwise(site.parameter, where, site.reason or ("densely" if same else turned))
     for item in found.skipped:
         otherwise = item.flops or (root is not None and item.used and not item.lookup)
         if otherwise and item.name in weights and sparse(item.name):

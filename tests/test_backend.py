@@ -761,6 +761,41 @@ def test_a_weight_that_a_later_graph_cuts_otherwise_is_named_once(
     assert "options={'exclude': 'weight'}" in text
 
 
+LAYOUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor], str]] = {
+    "turned": (lambda x, w: x @ w[0], lambda x, w: x @ w[0].T, "in both orientations"),
+    "heads": (
+        lambda x, w: torch.einsum("bd,hde->bhe", x, w).sum(1),
+        lambda x, w: torch.bmm(x.expand(len(w), -1, -1) * 1, w).sum(0),
+        "as different matrices",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_later_graph_that_takes_a_weight_for_other_matrices_is_told_how_and_changes_no_decision(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    one, other, how = LAYOUTS[kind]
+
+    class Layouts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / WIDTH**0.5, requires_grad=False)
+
+        def forward(self, x: Tensor, turn: bool = False) -> Tensor:
+            return other(x, self.w) if turn else one(x, self.w)
+
+    model, x = Layouts(), some_x()
+    run = torch.compile(model, backend="pixelfly", options=OPTIONS, dynamic=False)
+    run(x)
+    decided = [dict(known) for known in backend._decided]
+    run(x, turn=True)
+    assert all(first.items() <= known.items() for first, known in zip(decided, backend._decided, strict=True))
+    (text,) = [text for text in warnings_of(caplog) if "otherwise" in text]
+    assert how in text
+
+
 class TwoUses(nn.Module):
     """Uses a weight in two graphs: by a matmul, and by what `other` does."""
 
