@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,14 @@ _Levels = dict[Any, Any]  # level of the vmap -> size
 class Scopes:
     """Nodes that stand under `no_grad`, nodes inside of torch.func's grad, vjp and jvp, nodes whose tensor gets another
     shape in place, and, for nodes under `torch.vmap`, the sizes, which may be symbolic, of the dimensions it hides;
-    also in sub-graphs. And whether autocast is on anywhere in them.
+    also in sub-graphs. And for nodes under autocast, the types of the devices that it is on for.
     """
 
     without_gradients: frozenset[Node] = frozenset()
     differentiated: frozenset[Node] = frozenset()
     reshaped: frozenset[Node] = frozenset()
     hidden: Hidden = field(default_factory=dict)
-    autocast: bool = False
+    autocast: Mapping[Node, frozenset[str]] = field(default_factory=dict)
 
     @staticmethod
     def of(gm: GraphModule) -> Scopes:
@@ -39,8 +39,16 @@ class Scopes:
             frozenset(differentiated),
             reshaped_in_place(gm),
             _hidden_by_vmap(modules),
-            _has_autocast(modules),
+            _under_autocast(gm, modules),
         )
+
+    def is_of_one_type(self, node: Node, tensors: Iterable[object]) -> bool:
+        """Are the tensors that this matmul takes of one type, or, but for float64, cast to one? PyTorch raises where
+        they are not, though the tensors that Dynamo traces with do not.
+        """
+        values = [value for tensor in tensors if (value := value_of(tensor)) is not None]
+        types, on = {value.dtype for value in values}, self.autocast.get(node, ())
+        return len(types) == 1 or (torch.float64 not in types and all(value.device.type in on for value in values))
 
 
 def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:
@@ -64,10 +72,34 @@ def _differentiated_nodes(module: GraphModule) -> Iterator[Node]:
             yield node
 
 
-def _has_autocast(modules: Sequence[GraphModule]) -> bool:
-    """Around the compiled code, where it is on now, or in the graphs."""
-    entered = (m.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast) for m in modules)
-    return torch._C._is_any_autocast_enabled() or any(entered)
+def _under_autocast(gm: GraphModule, modules: Sequence[GraphModule]) -> dict[Node, frozenset[str]]:
+    """Each node under autocast with the types of the devices that it is on for, here or around the compiled code."""
+    values = (value_of(node) for node in placeholders(gm))
+    devices = {value.device.type for value in values if value is not None}
+    around = frozenset(
+        device
+        for device in devices
+        if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    )
+    found: dict[Node, frozenset[str]] = {}
+    for module in modules:  # outer ones first
+        if next(iter(module.graph.nodes)) not in found:
+            _add_autocast(module, around, found)
+    return {node: on for node, on in found.items() if on}
+
+
+def _add_autocast(module: GraphModule, on: frozenset[str], found: dict[Node, frozenset[str]]) -> None:
+    """Of a module and of the bodies that it runs; `on`: where it begins."""
+    for node in module.graph.nodes:
+        found[node] = on
+        if is_call(node, (torch.amp.autocast_mode._enter_autocast,)):
+            device, _, enabled, *_ = node.args
+            on = on | {device} if enabled else on - {device}
+        elif is_call(node, (torch.amp.autocast_mode._exit_autocast,)):
+            on = found[node.args[0]]
+        if (inside := sub_graphs(module, node)) is not None:
+            for body in inside.bodies:
+                _add_autocast(body, on, found)
 
 
 def _hidden_by_vmap(modules: Sequence[GraphModule]) -> Hidden:

@@ -192,7 +192,10 @@ class Found:
 def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match | None:
     """The matmul that this use of a weight is, if it is one."""
     operands, out = operands_of(use.user, use.operand), value_of(use.user)
-    if operands is None or out is None or out.is_nested or not _is_of_one_type(operands, use, scopes.autocast):
+    if operands is None or out is None or out.is_nested:
+        return None
+    terms = (node for node in operands.given if (value := value_of(node)) is not None and value.is_floating_point())
+    if not scopes.is_of_one_type(use.user, (operands.x, use.operand, operands.bias, operands.addend, *terms)):
         return None
     if use.selection is not None and operands.apart is not None:
         operands = operands.apart()
@@ -246,14 +249,6 @@ def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
-
-
-def _is_of_one_type(operands: Operands, use: Use, autocast: bool) -> bool:
-    """Are x and the weight of one type, or, but for float64, cast to one? PyTorch raises where they are not, though the
-    tensors that Dynamo traces with do not.
-    """
-    types = {value.dtype for node in (operands.x, use.operand) if (value := value_of(node)) is not None}
-    return len(types) == 1 or (autocast and torch.float64 not in types)
 
 
 def _is_reshaped(use: Use, scopes: Scopes) -> bool:

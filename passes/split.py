@@ -49,7 +49,7 @@ def split_joined_weights(gm: GraphModule) -> GraphModule:
     """Split every matmul with a weight that is joined from parameters, in the graph and its sub-graphs, in place."""
     for module in [module for module in gm.modules() if isinstance(module, GraphModule)]:
         joins = [joined for node in module.graph.nodes if (joined := _joined(module, node)) is not None]
-        by_node = {match.node: (match, joined) for joined in joins for match in _matmuls_with(module, joined.node)}
+        by_node = {match.node: (match, joined) for joined in joins for match in _matmuls_with(gm, module, joined.node)}
         for match in last_first(match for match, _ in by_node.values()):
             _split(*by_node[match.node])
         for match, _ in by_node.values():
@@ -85,13 +85,13 @@ def _is_of_a_parameter(module: GraphModule, part: Node, join: Node) -> bool:
     return any(view.dim() == 2 and view.numel() for view in views)
 
 
-def _matmuls_with(module: GraphModule, joined: Node) -> list[Match]:
+def _matmuls_with(gm: GraphModule, module: GraphModule, joined: Node) -> list[Match]:
     """The matmuls with all of a joined weight, if nothing else uses it or may change what it is joined from."""
     value = value_of(joined)
     if value is None:
         return []
     shape = tuple(int(size) for size in value.shape)
-    matches, others = matmuls(list(uses(module, joined, shape)), joined.name, shape, Scopes.of(module))
+    matches, others = matmuls(list(uses(module, joined, shape)), joined.name, shape, Scopes.of(gm))
     whole = [match for match in matches if match.region is None and match.module is module]
     kept = len(whole) == len(matches) and not others and not any(_is_overtaken(joined, match.node) for match in whole)
     return whole if kept else []

@@ -840,6 +840,54 @@ def test_other_types_raise_as_without_us() -> None:
             compiled(model)(some_x().to(kind))
 
 
+class OneWeight(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.w, self.function = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.w)
+
+
+def between_types(x: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = x @ w
+        with torch.autocast("cpu", enabled=False):
+            y = y.float() @ w
+    return y.bfloat16() @ w
+
+
+OF_TWO_TYPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a bias": lambda x, w: F.linear(x, w, x[0].bfloat16()),
+    "a bias of float64": lambda x, w: F.linear(x, w, x[0].double()),
+    "a term": lambda x, w: torch.addmm(x.bfloat16(), x, w),
+    "a scaled term": lambda x, w: torch.addmm(x.bfloat16(), x, w, beta=0.5),
+    "integers": lambda x, w: x.long() @ w,
+    "behind autocast": between_types,
+}
+
+
+@pytest.mark.parametrize("kind", OF_TWO_TYPES)
+def test_other_types_of_any_operand_raise_as_without_us(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model = OneWeight(OF_TWO_TYPES[kind])
+    for run in (model, torch.compile(model, backend="pixelfly", options=OPTIONS)):
+        with pytest.raises(RuntimeError, match="dtype|scalar type"):
+            run(some_x())
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_autocast_brings_two_types_together_also_in_a_checkpoint(around: bool) -> None:
+    def low(x: Tensor, w: Tensor) -> Tensor:
+        with nullcontext() if around else torch.autocast("cpu", torch.bfloat16):
+            y = checkpoint(lambda t: t.bfloat16() @ torch.cat([w[:64], w[64:]]), x, use_reentrant=False)
+        return y.float()
+
+    model = OneWeight(low)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        assert [entry.reason for entry in planned(model, some_x()).entries] == [None, None]
+
+
 def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
     model, x = Mlp(1).requires_grad_(False), some_x()
     run = compiled(model, exclude=("layers[0].up.weight", "*.bias", "lm_head"))
