@@ -52,13 +52,15 @@ class _Known:
 
     `origins`: each node that is computed from parameters, buffers and constants alone -> a weight among them, if there
     is one. What a matmul or a lookup makes of a constant, such as positions, is none of these. `picked`: what shows
-    rows of a weight that an index picked -> that weight. `blank`: memory that nothing has been written to.
+    rows of a weight that an index picked -> that weight. `blank`: memory that nothing has been written to. `mixed`: the
+    storages that data has been written to.
     """
 
     origins: dict[Node, Node | None]
     picked: dict[Node, Node] = field(default_factory=dict)
     constants: set[Node] = field(default_factory=set)
     blank: set[Node] = field(default_factory=set)
+    mixed: set[int] = field(default_factory=set)
 
     def inside(self, body: GraphModule, operands: Sequence[object]) -> _Known:
         """The same of the placeholders of a body, which stand for these operands."""
@@ -67,14 +69,17 @@ class _Known:
         return _Known(origins, {inner: self.picked[of] for inner, of in known if of in self.picked})
 
     def write(self, node: Node, origin: Node | None, is_data: bool) -> None:
-        """What this node writes to, and what that is a view of, is from then on what is written."""
-        written, is_constant = _written(node), node in self.constants
-        memory = memory_of(written)
+        """What this node writes to, and what that is a view of, is from then on what is written. Not what it is a view
+        of, where data has been written to another part of that.
+        """
+        first, is_constant = _written(node), node in self.constants
+        written, memory = first, memory_of(first)
+        self.mixed.update(memory if is_data else ())
         while isinstance(written, Node) and written.op.startswith("call"):
             self.blank.discard(written)
             if is_data:
                 self.origins.pop(written, None)
-            else:
+            elif written is first or memory.isdisjoint(self.mixed):
                 self.origins[written] = origin or self.origins.get(written)
             if is_constant:
                 self.constants.add(written)

@@ -189,14 +189,28 @@ def test_a_weight_that_is_written_to_other_memory_is_counted(function: Function)
     assert "the weight of a matmul is computed from that" in str(made["w"].reason)
 
 
-def test_memory_that_data_is_written_to_as_well_is_no_weight() -> None:
-    def both(x: Tensor, w: Tensor) -> Tensor:
-        rows = torch.empty(16, 64)
-        rows[:8] = w[:8]
-        rows[8:] = x
-        return (x @ w) @ rows.T
+def both_by_items(x: Tensor, w: Tensor) -> Tensor:
+    rows = torch.empty(16, 64)
+    rows[:8] = w[:8]
+    rows[8:] = x
+    return rows
 
-    made, counted = planned(both, torch.randn(8, 64), 64, 64)
+
+def both_by_views(x: Tensor, w: Tensor, make: Callable[..., Tensor] = torch.empty) -> Tensor:
+    rows = make(16, 64)
+    upper, lower = rows[:8], rows[8:]
+    upper.copy_(x)
+    lower.copy_(w[:8])
+    return rows
+
+
+def both_by_views_of_zeros(x: Tensor, w: Tensor) -> Tensor:
+    return both_by_views(x, w, torch.zeros)
+
+
+@pytest.mark.parametrize("both", [both_by_items, both_by_views, both_by_views_of_zeros])
+def test_memory_that_data_is_written_to_as_well_is_no_weight(both: Function) -> None:
+    made, counted = planned(lambda x, w: (x @ w) @ both(x, w).T, torch.randn(8, 64), 64, 64)
     assert made.dense_flops == 2 * 8 * 64 * 64 < counted
 
 
