@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,7 +31,7 @@ from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, raised_as_they_are
 from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.gpus import why_no_kernels
-from pixelfly_compiler.names import dense_if_shared, names_of, origin_of, weight_names
+from pixelfly_compiler.names import Origin, dense_if_shared, names_of, namesakes, origin_of, weight_names
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
@@ -38,7 +39,7 @@ from pixelfly_compiler.passes.regions import overlap
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
 from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, SiteConfig, find_sites, overlapping
 from pixelfly_compiler.passes.split import split_joined_weights
-from pixelfly_compiler.passes.weights import placeholders
+from pixelfly_compiler.passes.weights import own_name, placeholders
 from pixelfly_compiler.plan import make_plan
 from pixelfly_compiler.report import announcer
 from pixelfly_compiler.sparsify import dense_parameters_of_compact_models
@@ -48,8 +49,9 @@ log = logging.getLogger("pixelfly_compiler")
 _weights = CompactWeights()
 # What was decided for each weight, by configuration: training and evaluation, or two batch sizes, must mean the same.
 _decided = Attached[str, Entry]()
-# Why a weight is no site in a graph that uses it, by configuration and model: it then stays dense in the others too.
-_used_densely = Attached[str, str]()
+# Why a weight is no site in a piece of a model that uses it, by configuration and model, and that model: it then stays
+# dense in the other pieces too.
+_used_densely = Attached[str, tuple[weakref.ref[torch.nn.Module], str]]()
 
 
 @raised_as_they_are
@@ -79,8 +81,8 @@ def pixelfly(
     found = dense_if_settled(found, settled)
     weights = weight_positions(gm, names)
     values = {name: example_inputs[position] for name, position in weights.items()}
-    found = _dense_as_before(found, config, values, origin.root)
-    plan = _plan(found, config, values, origin.root)
+    found = _dense_as_before(found, config, values, (gm, example_inputs), origin)
+    plan = _plan(found, config, values, origin)
     configs = sparse_configs(found, plan)
     if not configs and (folded or settled):
         return inductor(gm, example_inputs, patches)
@@ -192,28 +194,37 @@ def dense_without_kernels(found: Found) -> Found:
 
 
 def _dense_as_before(
-    found: Found, config: Config, weights: Mapping[str, Tensor], root: torch.nn.Module | None
+    found: Found,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    graph: tuple[GraphModule, Sequence[Any]],
+    origin: Origin,
 ) -> Found:
-    """What an earlier graph of the same model uses in a way that keeps it dense stays dense, as `plan()` has it; and
-    this graph's such uses are remembered. What is sparse already stays so, with a warning: see `_plan`.
+    """What an earlier piece of the same model uses in a way that keeps it dense stays dense, as `plan()` has it; and
+    this piece's such uses are remembered, for all weights that its code serves. What is sparse already stays so, with a
+    warning: see `_plan`. Graphs that are whole are other calls, each with a plan of its own.
     """
-    if config.plan is not None or root is None:
+    if config.plan is not None or origin.root is None or origin.whole:
         return found
-    model, key = f"{id(root)} {config!r}", repr(config)
+    model, key = f"{id(origin.root)} {config!r}", repr(config)
     why: dict[str, str] = {}
     for site in found.sites:
         weight = weights[site.parameter]
-        before = _used_densely.of(weight).get(model)
-        if before is not None and site.reason is None and key + _matrix(site) not in _decided.of(weight):
+        root, before = _used_densely.of(weight).get(model, (None, ""))
+        same = root is not None and root() is origin.root  # a new model may have the id of one that is gone
+        if same and site.reason is None and key + _matrix(site) not in _decided.of(weight):
             why[site.name] = f"in another graph: {before}"
-    for item in found.skipped:
-        if item.used and not item.lookup and item.name in weights:
-            _used_densely.of(weights[item.name])[model] = item.reason
+    reasons = {item.name: item.reason for item in found.skipped if item.used and not item.lookup}
+    served = namesakes([graph], origin.root) if reasons else {}
+    own = {own_name(name): weight for name, weight in origin.root.named_parameters(remove_duplicate=False)}
+    for name in reasons.keys() & weights.keys():
+        for weight in (weights[name], *(own[other] for other in served.get(name, ()))):
+            _used_densely.of(weight)[model] = weakref.ref(origin.root), reasons[name]
     announcer.stay_dense(why)
     return replace(found, sites=tuple(replace(s, reason=why.get(s.name, s.reason)) for s in found.sites))
 
 
-def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], root: torch.nn.Module | None) -> Plan:
+def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], origin: Origin) -> Plan:
     """The plan for this graph, true to what was decided for its weights in earlier graphs."""
     key = repr(config)
     known: dict[str, Entry] = {}
@@ -223,7 +234,7 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], root: tor
             known[site.name] = entry
     training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
-    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, root)
+    _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, origin)
     if config.plan is None:
         for site in found.sites:
             _decided.of(weights[site.parameter])[key + _matrix(site)] = plan[site.name]
@@ -240,10 +251,10 @@ def _warn_of_other_uses(
     configs: Collection[str],
     config: Config,
     weights: Mapping[str, Tensor],
-    root: torch.nn.Module | None,
+    origin: Origin,
 ) -> None:
-    """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise; where it is
-    not known that the graph is of a model, only of those that it multiplies with.
+    """Warn of weights that are sparse in the plan, or in an earlier graph, and here dense or cut otherwise; where the
+    graph is not known to be a piece of a model, only of those that it multiplies with.
     """
     key = repr(config)
 
@@ -259,8 +270,9 @@ def _warn_of_other_uses(
             if (not same or site.name not in configs) and overlap(entry.box, site.box):
                 turned = BOTH_ORIENTATIONS if entry.region == site.region else overlapping(site.name, entry.name)
                 announcer.used_otherwise(site.parameter, where, site.reason or ("densely" if same else turned))
+    is_piece = origin.root is not None and not origin.whole
     for item in found.skipped:
-        otherwise = item.flops or (root is not None and item.used and not item.lookup)
+        otherwise = item.flops or (is_piece and item.used and not item.lookup)
         if otherwise and item.name in weights and sparse(item.name):
             announcer.used_otherwise(item.name, where, item.reason)
 

@@ -833,6 +833,65 @@ def test_a_weight_is_dense_or_sparse_in_all_graphs_or_a_warning_says_where_it_is
         torch.testing.assert_close(result, oracle(model, made)(x))
 
 
+class ServedTwice(nn.Module):
+    """The first piece is compiled once for both layers, the second once for each."""
+
+    class Layer(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.w, self.function = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.w.mean()
+            torch._dynamo.graph_break()
+            return self.function(x @ self.w)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([self.Layer(torch.sin), self.Layer(torch.cos)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_weight_stays_dense_for_all_layers_that_the_code_of_a_piece_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = ServedTwice().requires_grad_(False), some_x()
+    assert list(planned(model, x).sparse) == []
+    torch.testing.assert_close(torch.compile(model, backend="pixelfly", options=OPTIONS)(x), model(x))
+
+
+@pytest.mark.parametrize("order", [("sum", "run"), ("run", "sum")])
+def test_what_another_call_does_with_a_weight_keeps_nothing_dense(
+    order: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Regularised(nn.Linear):
+        def forward(self, x: Tensor, what: str = "run") -> Tensor:
+            return super().forward(x) if what == "run" else self.weight.pow(2).sum()
+
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    model, x = Regularised(WIDTH, WIDTH).requires_grad_(False), some_x()
+    run = torch.compile(model, backend="pixelfly", options=OPTIONS)
+    results = {what: run(x, what) for what in order}
+    torch.testing.assert_close(results["run"], oracle(model, planned(model, x))(x))
+    assert [text for text in warnings_of(caplog) if "another graph" in text] == []
+
+
+def test_a_new_model_at_the_place_of_one_that_is_gone_inherits_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    monkeypatch.setattr(backend, "id", lambda _: 0, raising=False)
+    first, x = TwoUses(lambda x, w: x + w.sum(), False).requires_grad_(False), some_x()
+    second = TwoUses(lambda x, w: x.sin(), False).requires_grad_(False)
+    first.steps[1], second.w = torch.sin, first.w
+    torch.compile(first, backend="pixelfly", options=OPTIONS)(x)
+    torch.compile(second, backend="pixelfly", options=OPTIONS)(x)
+    assert [text for text in warnings_of(caplog) if "stays dense" in text] == []
+
+
 def test_other_types_raise_as_without_us() -> None:
     model = Mlp(1)
     for kind in (torch.float64, torch.bfloat16):
@@ -872,7 +931,7 @@ def test_other_types_of_any_operand_raise_as_without_us(kind: str, monkeypatch: 
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
     model = OneWeight(OF_TWO_TYPES[kind])
     for run in (model, torch.compile(model, backend="pixelfly", options=OPTIONS)):
-        with pytest.raises(RuntimeError, match="dtype|scalar type"):
+        with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
             run(some_x())
 
 
