@@ -31,7 +31,7 @@ from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import OptionError, raised_as_they_are
 from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.gpus import why_no_kernels
-from pixelfly_compiler.names import Origin, dense_if_shared, names_of, namesakes, origin_of, weight_names
+from pixelfly_compiler.names import Origin, dense_if_shared, names_of, namesakes, origin_of
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
@@ -75,7 +75,7 @@ def pixelfly(
     found = dense_without_kernels(find_sites(gm, example_inputs, names))
     found = dense_if_shared(found, gm, example_inputs, origin, config)
     if origin.root is not None:
-        announcer.unmatched(config.why_unmatched(weight_names(origin.root, found)))
+        announcer.unmatched(config, origin.root, found, logging.INFO)  # one set of options may be for many layers
     asked = len(inductor_options) < len(options or {})
     settled = set() if asked else settled_weights(names, placeholders(gm), example_inputs)
     found = dense_if_settled(found, settled)

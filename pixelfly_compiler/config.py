@@ -95,8 +95,14 @@ class Config:
         return None
 
     def why_unmatched(self, names: Collection[str]) -> list[str]:
-        """What to tell of the globs that match none of a model's names: a slip, most likely."""
-        return [_why_unmatched(glob, names) for glob in (*self.include, *self.exclude) if not _matches(glob, names)]
+        """What to tell of the globs that match none of a model's names: a slip, most likely. Not of a part of a weight,
+        since another graph may have it.
+        """
+        globs = (glob for glob in (*self.include, *self.exclude) if not _matches(glob, names))
+        return [_why_unmatched(glob, names) for glob in globs if not _matches(_PART.sub("", glob), names)]
+
+
+_PART = re.compile(r"\[[\d:, ]+\]$")
 
 
 def _matches(glob: str, names: Collection[str]) -> bool:

@@ -34,7 +34,6 @@ from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import ExportError
-from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.oracle import project
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.exported import as_dynamo_writes, as_export_runs, mark_parameter
@@ -204,7 +203,7 @@ class _Lifted:
         found = with_aliases(found, aliases(model))
         positions = weight_positions(self.gm, names)
         weights = {name: self.values[before[position]] for name, position in positions.items()}
-        announcer.unmatched(config.why_unmatched(weight_names(model, found)))
+        announcer.unmatched(config, model, found)
         plan = make_plan(found, config, weights=weights)
         configs = sparse_configs(found, plan)
         if configs:

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.kernels import projection
+from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.oracle import project
 from pixelfly_compiler.passes.sites import Found
 
@@ -148,6 +151,7 @@ class Announcer:
 
     def clear(self) -> None:
         self._said: set[str] = set()
+        self._models: WeakKeyDictionary[nn.Module, set[Config]] = WeakKeyDictionary()  # whose names were looked at
         self._sparse = False  # has any graph been made sparse?
 
     def sparse(self, plan: Plan, found: Found, weights: Mapping[str, Tensor], whole: bool) -> None:
@@ -207,11 +211,15 @@ class Announcer:
                 name,
             )
 
-    def unmatched(self, texts: Iterable[str]) -> None:
-        """Globs of the user's that match nothing."""
-        for text in texts:
+    def unmatched(self, config: Config, model: nn.Module, found: Found, level: int = logging.WARNING) -> None:
+        """Globs of the user's that match nothing of a model. It is looked for once, whatever the number of graphs."""
+        looked_at = self._models.setdefault(model, set())
+        if not (config.include or config.exclude) or config in looked_at:
+            return
+        looked_at.add(config)
+        for text in config.why_unmatched(weight_names(model, found)):
             if self._first_time(text):
-                log.warning("pixelfly: %s", text)
+                log.log(level, "pixelfly: %s", text)
 
     def stay_dense(self, reasons: Mapping[str, str]) -> None:
         """Weights that could be sparse in this graph, and are not: another graph of the model uses them densely."""

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pixelfly_compiler
 from pixelfly_compiler import backend, compact
+from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import lowering_cpu, projection_cpu
@@ -947,13 +948,22 @@ def test_autocast_brings_two_types_together_also_in_a_checkpoint(around: bool) -
         assert [entry.reason for entry in planned(model, some_x()).entries] == [None, None]
 
 
-def test_globs_that_match_nothing_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_globs_that_match_nothing_are_looked_for_once_and_are_no_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One set of options may be for layers that are compiled one by one."""
+    asked: list[Config] = []
+    why = Config.why_unmatched
+    monkeypatch.setattr(Config, "why_unmatched", lambda config, names: asked.append(config) or why(config, names))
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    caplog.set_level(logging.INFO, "pixelfly_compiler")
     model, x = Mlp(1).requires_grad_(False), some_x()
     run = compiled(model, exclude=("layers[0].up.weight", "*.bias", "lm_head"))
     for rows in (1, 2):
         run(x[:rows])
-    texts = [text for text in warnings_of(caplog) if "matches the name" in text]
-    assert texts == [
+    told = [record for record in caplog.records if "matches the name" in record.getMessage()]
+    assert len(asked) == 1 and {record.levelno for record in told} == {logging.INFO}
+    assert [record.getMessage() for record in told] == [
         "pixelfly: 'layers[0].up.weight' matches the name of no weight: did you mean 'layers.0.up.weight'?",
         "pixelfly: 'lm_head' matches the name of no weight: print(plan) lists the names",
     ]

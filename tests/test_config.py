@@ -78,7 +78,9 @@ def test_include_and_exclude() -> None:
 
 def test_names_of_parts_are_no_globs_and_globs_that_match_nothing_are_told() -> None:
     names = ["h.0.fc.weight", "h.1.fc.weight", "w[0:48]", "w"]
-    config = Config(exclude=("w[0:48]", "h.[01].*", "h[1].fc.weight", "h.0.fc.wieght", "x*"), include="w")  # type: ignore[arg-type]
+    config = Config(
+        exclude=("w[0:48]", "w[1, :, 7:9]", "h.[01].*", "h[1].fc.weight", "h.0.fc.wieght", "x*"), include="w"
+    )  # type: ignore[arg-type]
     assert config.excludes(["w[0:48]", "w"]) == "excluded by 'w[0:48]'"
     assert config.excludes(["w[48:96]", "w"]) is None
     assert [text.partition(" matches the name of no weight: ")[::2] for text in config.why_unmatched(names)] == [
