@@ -893,11 +893,11 @@ def test_a_new_model_at_the_place_of_one_that_is_gone_inherits_nothing(
     assert [text for text in warnings_of(caplog) if "stays dense" in text] == []
 
 
-def test_other_types_raise_as_without_us() -> None:
-    model = Mlp(1)
-    for kind in (torch.float64, torch.bfloat16):
-        with pytest.raises(RuntimeError, match="must have the same dtype"):
-            compiled(model)(some_x().to(kind))
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_other_types_raise_as_without_us(kind: torch.dtype) -> None:
+    model = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        compiled(model)(some_x().to(kind))
 
 
 class OneWeight(nn.Module):
