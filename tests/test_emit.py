@@ -672,8 +672,9 @@ def test_half_precision_uses_tensor_cores_without_spills(target: str, dtype: tor
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["cuda:90", "cuda:100"])
-@pytest.mark.parametrize(("size", "place"), [(32, 0), (64, 0), (64, 1), (128, 0)])
+@pytest.mark.parametrize(
+    ("target", "size", "place"), [("cuda:90", 32, 0), ("cuda:90", 64, 1), ("cuda:90", 128, 0), ("cuda:100", 64, 0)]
+)
 def test_launches_that_read_by_tma(target: str, size: int, place: int) -> None:
     from emitted import by_tma
 
@@ -687,8 +688,15 @@ def test_launches_that_read_by_tma(target: str, size: int, place: int) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("target", TENSOR_CORES)
-@pytest.mark.parametrize(("size", "dtype"), [(32, torch.bfloat16), (64, torch.float32), (128, torch.float16)])
+@pytest.mark.parametrize(
+    ("target", "size", "dtype"),
+    [
+        ("cuda:80", 32, torch.bfloat16),
+        ("cuda:90", 64, torch.float32),
+        ("cuda:90", 128, torch.float16),
+        ("cuda:100", 64, torch.bfloat16),
+    ],
+)
 def test_weights_of_several_matrices(target: str, size: int, dtype: torch.dtype) -> None:
     """With uneven groups: forward with SiLU, its low-rank rows and gradients, each a kernel of its own."""
     from emitted import binaries, generate
