@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -23,6 +24,17 @@ def row_major(x: TensorBox) -> TensorBox:
 
 def contiguous(x: TensorBox) -> TensorBox:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def empty(like: TensorBox, size: Sequence[Any], dtype: torch.dtype | None = None) -> TensorBox:
+    """An uninitialised tensor on the device of another, and of its dtype if none is given."""
+    # Not imported above: Inductor's own import order, another one is circular.
+    from torch._inductor.lowering import lowerings
+
+    made: TensorBox = lowerings[torch.ops.aten.empty.memory_format](
+        list(size), dtype=dtype or like.get_dtype(), device=like.get_device(), layout=torch.strided
+    )
+    return made
 
 
 def is_static(*sizes: Any) -> bool:

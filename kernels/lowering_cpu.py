@@ -31,7 +31,7 @@ from torch._inductor.utils import Placeholder, parallel_num_threads, sympy_produ
 from torch._inductor.virtualized import V, ops
 
 from pixelfly_compiler.kernels.cpus import has_matrix_unit
-from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, is_read, is_static, row_major
+from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_read, is_static, row_major
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place; beyond, packing them pays
@@ -186,13 +186,11 @@ def call(
     return TensorBox.create(_TemplateBuffer(template, [template.named[key] for key in written]))
 
 
-def empty(like: TensorBox, size: list[Any], dtype: torch.dtype | None = None) -> TensorBox:
+def to_be_written(like: TensorBox, size: list[Any], dtype: torch.dtype | None = None) -> TensorBox:
     """A buffer for a template to write to."""
-    empty: TensorBox = L[torch.ops.aten.empty.memory_format](
-        size, dtype=dtype or like.get_dtype(), device=like.get_device(), layout=torch.strided
-    )
-    empty.realize()
-    return empty
+    buffer = empty(like, size, dtype)
+    buffer.realize()
+    return buffer
 
 
 def takes_tiles(x: TensorBox) -> bool:
@@ -272,7 +270,7 @@ def _lower_products(
     inputs = {"X": x, "BLOCKS": contiguous(blocks)}
     if rank:
         inputs |= {"U": contiguous(u), "V": contiguous(v)}
-    t = empty(x, [rows, rank])
+    t = to_be_written(x, [rows, rank])
     stores_t = rank > 0 and is_read(1)
     if stores_t:
         inputs["T"] = t
@@ -383,7 +381,7 @@ def _lower_gradients(
         return None
     inputs = {"A": row_major(a), "X": row_major(x)} | ({} if index is None else {"INDEX": contiguous(index)})
     count = max(groups, 1)
-    gu = empty(a, [count * out_features, rank])
+    gu = to_be_written(a, [count * out_features, rank])
     if ends is not None:
         inputs["ENDS"] = contiguous(ends)
     rank = rank if is_read(1) else 0

@@ -16,7 +16,7 @@ from torch._inductor.ir import TensorBox
 
 from pixelfly_compiler.kernels.cpus import multiplies_pairs
 from pixelfly_compiler.kernels.ir_inputs import contiguous, is_read, is_static
-from pixelfly_compiler.kernels.lowering_cpu import call, empty, takes_tiles
+from pixelfly_compiler.kernels.lowering_cpu import call, takes_tiles, to_be_written
 
 
 def lower_attention(
@@ -27,7 +27,7 @@ def lower_attention(
         return None
     batch, heads, rows, features = q.get_size()
     inputs, params = _operands({"Q": q, "K": k, "V": v}, mask, causal, scale)
-    lse = empty(q, [batch, heads, rows], torch.float32)
+    lse = to_be_written(q, [batch, heads, rows], torch.float32)
     params["stores_lse"] = is_read(1)
     if params["stores_lse"]:
         inputs["LSE"] = lse
@@ -53,7 +53,7 @@ def lower_attention_backward(
     inputs, params = _operands({"Q": q, "K": k, "V": v, "G": g, "O": o}, mask, causal, scale)
     inputs["LSE"] = contiguous(lse)
     size = [batch, k.get_size()[2], heads, features]
-    gk, gv = empty(q, size), empty(q, size)
+    gk, gv = to_be_written(q, size), to_be_written(q, size)
     inputs |= {"GK": gk, "GV": gv}
     gq = call("attention_backward", inputs, [batch * rows, heads * features], params, ["GK", "GV"])
     return _heads_of(gq, q), _turned(gk), _turned(gv)

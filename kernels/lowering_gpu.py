@@ -36,13 +36,14 @@ from pixelfly_compiler.kernels.compat import fuse_through_views, size_hint
 from pixelfly_compiler.kernels.epilogue import epilogue_weight
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import (
+    GradLaunch,
     GradShape,
     LinearShape,
     block_grad_launches,
     linear_launches,
     power_of_two,
 )
-from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, is_read, is_static, row_major
+from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_read, is_static, row_major
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
@@ -98,9 +99,8 @@ _GRIDS = {
 @cache
 def _template(name: str) -> TritonTemplate:
     fuse_through_views()
-    grid = _GRIDS[name]
     source = (Path(__file__).parent / "templates" / f"{name}.py.jinja").read_text()
-    return _Template(f"pixelfly_{name}", grid, source)
+    return _Template(f"pixelfly_{name}", _GRIDS[name], source)
 
 
 class _Variant(NamedTuple):
@@ -211,19 +211,12 @@ def lower_grouped_linear(
         return None
     x, view = _rows_of(x), L[torch.ops.aten.view]
     y = _whole_products(x, view(blocks, [matrices, b_out, b_in]), ends, transposed)
-    return view(y, [*lead, features]), _empty(x, [*lead, 0])
+    return view(y, [*lead, features]), empty(x, [*lead, 0])
 
 
 def _rows_of(x: TensorBox) -> TensorBox:
     *lead, k = x.get_size()
     return row_major(L[torch.ops.aten.view](x, [sympy_product(lead), k]))
-
-
-def _empty(like: TensorBox, size: Sequence[Any]) -> TensorBox:
-    made: TensorBox = L[torch.ops.aten.empty.memory_format](
-        list(size), dtype=like.get_dtype(), device=like.get_device(), layout=torch.strided
-    )
-    return made
 
 
 def _lower_products(
@@ -254,7 +247,7 @@ def _lower_products(
         t = contiguous(_lowrank_rows(x, v, ends))
         inputs |= {"t": t, "u": contiguous(u)}
     else:
-        t = _empty(x, [rows, 0])
+        t = empty(x, [rows, 0])
     if ends is not None:
         inputs["ends"] = contiguous(ends)
     inputs["index"] = contiguous(index)
@@ -431,7 +424,7 @@ def lower_block_grad(
         return None
     if t is not None:
         return blocks, L[torch.ops.aten.mm](L[torch.ops.aten.permute](a, [1, 0]), t)
-    return blocks, _empty(a, [a.get_size()[1], 0])
+    return blocks, empty(a, [a.get_size()[1], 0])
 
 
 def lower_grouped_block_grad(
@@ -446,21 +439,21 @@ def lower_grouped_block_grad(
 ) -> tuple[TensorBox, TensorBox] | None:
     """The gradients of blocks and u of each group, or None where the template does not apply."""
     out_features, in_features = a.get_size()[1], x.get_size()[1]
-    if not is_static(out_features, in_features) or not are_int32(ends):
+    if not is_static(out_features, in_features) or not are_int32(ends) or not _are_operands(a, x):
         return None
     view = L[torch.ops.aten.view]
     if index is None:
-        if b_in < in_features or b_out not in _BLOCKS or x.get_dtype() not in _DTYPES:
+        if b_in != in_features or b_out not in _BLOCKS:
             return None
         rows_of_blocks = _whole_grads(a, x, ends, groups, b_out)
         block_rows = -(-int(out_features) // b_out)
-        return view(rows_of_blocks, [groups, block_rows, b_out, b_in]), _empty(a, [groups, out_features, 0])
+        return view(rows_of_blocks, [groups, block_rows, b_out, b_in]), empty(a, [groups, out_features, 0])
     stacked = _lower_blocks(a, x, index, b_out, b_in, matrices=groups, ends=ends)
     if stacked is None:
         return None
     blocks = view(stacked, [groups, int(stacked.get_size()[0]) // groups, b_out, b_in])
     if t is None:
-        return blocks, _empty(a, [groups, out_features, 0])
+        return blocks, empty(a, [groups, out_features, 0])
     rank = int(t.get_size()[1])
     whole = _whole_grads(a, t, ends, groups, 64 if out_features >= 64 else 16)
     gu = view(whole, [groups, int(whole.get_size()[0]) // groups * int(whole.get_size()[1]), rank])
@@ -482,14 +475,17 @@ def _lower_blocks(
     matrices: int = 0,
     ends: TensorBox | None = None,
 ) -> TensorBox | None:
-    out_features, in_features = a.get_size()[1], x.get_size()[1]
-    if x.get_dtype() not in _DTYPES or a.get_dtype() != x.get_dtype() or not is_static(out_features, in_features):
+    if not _are_operands(a, x) or not is_static(a.get_size()[1], x.get_size()[1]):
         return None
     if index is None:
         return _every_block(a, x, b_out, b_in)
     if b_out not in _BLOCKS or b_in not in _BLOCKS or _kept(index, a, x, b_out, b_in).nnz == 0:
         return None
     return _grads(a, x, index, ends, matrices, b_out, b_in)
+
+
+def _are_operands(a: TensorBox, x: TensorBox) -> bool:
+    return x.get_dtype() in _DTYPES and a.get_dtype() == x.get_dtype()
 
 
 def _kept(index: TensorBox, a: TensorBox, x: TensorBox, b_out: int, b_in: int) -> SupportIndex:
@@ -541,21 +537,14 @@ def _grads(
         tma=not matrices and _can_use_tma(a, x),
         matrices=max(matrices, 1),
     )
-    gpu = gpu_of(device)
-    launches = block_grad_launches(shape, gpu)
+    launches = block_grad_launches(shape, gpu_of(device))
     split = launches[0].split  # part of the output's shape, so not a choice
     across = -(-in_features // width) if whole else shape.per_row
-    variants = []
-    for launch in launches:
-        if launch.split == split:
-            tile = {
-                "PACK": launch.pack,
-                "BLOCK_M": launch.block_m,
-                "SPLIT": matrices or split,
-                "GRID_G": -(-across // launch.pack),
-            }
-            template = "block_grad_tma" if launch.tma else "block_grad"
-            variants.append(_Variant(template, constants | tile | _backend_options(gpu), launch.warps, launch.stages))
+    variants = [
+        _grad_variant(constants | {"SPLIT": matrices or split}, launch, across, gpu_of(device))
+        for launch in launches
+        if launch.split == split
+    ]
     inputs = {"a": a, "x": x} | ({} if ends is None else {"ends": contiguous(ends)})
     inputs |= {} if index is None else {"index": contiguous(index)}
     examples = {"index": partial(_example_index, support), "ends": partial(_example_ends, _rows_hint(rows))}
@@ -566,6 +555,13 @@ def _grads(
         return found
     total = L[torch.ops.aten.sum](L[torch.ops.aten.view](found, [split, support.nnz, b_out, b_in]), [0])
     return L[torch.ops.prims.convert_element_type](total, dtype)
+
+
+def _grad_variant(constants: dict[str, Any], launch: GradLaunch, across: int, gpu: Gpu) -> _Variant:
+    """`across`: how many blocks of a row there are for the programs to share, on average."""
+    tile = {"PACK": launch.pack, "BLOCK_M": launch.block_m, "GRID_G": -(-across // launch.pack)}
+    template = "block_grad_tma" if launch.tma else "block_grad"
+    return _Variant(template, constants | tile | _backend_options(gpu), launch.warps, launch.stages)
 
 
 def _every_block(a: TensorBox, x: TensorBox, b_out: int, b_in: int) -> TensorBox:

@@ -330,6 +330,16 @@ def test_gradients_of_uneven_groups(dtype: torch.dtype) -> None:
 
 
 @interpreted
+def test_gradients_in_blocks_wider_than_the_matrices() -> None:
+    args = [torch.randn(117, 100), torch.randn(117, 150), ENDS]
+    calls = torch.ops.pixelfly.grouped_block_grad
+    from emitted import generate
+
+    (code,) = generate(lambda a, x, ends: (calls(a, x, None, ends, None, 6, 64, 160)[0],), args, TARGET)
+    assert "torch.ops.pixelfly.grouped_block_grad" in code.wrapper  # the reference
+
+
+@interpreted
 def test_groups_of_equal_size() -> None:
     x, blocks, u, v, index = grouped(3, 3 * 50, 16, torch.float32, False)
 
