@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from pixelfly_compiler.passes.forms import einsum_operands
+from pixelfly_compiler.passes.contractions import einsum_operands
 from pixelfly_compiler.passes.scopes import reshaped_in_place
 from pixelfly_compiler.passes.weights import is_call
 
@@ -51,7 +51,7 @@ def open_composites(gm: GraphModule) -> GraphModule:
 
 def _code_of(node: Node) -> Code | None:
     if 0 < len(einsum_operands(node)) < 3:
-        return None  # a pattern in `forms`
+        return None  # a pattern of `contractions`
     return next((code for composite, code in _COMPOSITES.items() if is_call(node, (composite,))), None)
 
 

@@ -25,7 +25,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from pixelfly_compiler.kernels import grouped_ops  # noqa: F401 - registers torch.ops.pixelfly
 from pixelfly_compiler.passes.flops import hint
-from pixelfly_compiler.passes.forms import Step, same
+from pixelfly_compiler.passes.operands import Step, same
 from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.sites import Match, SiteConfig
 from pixelfly_compiler.passes.weights import (

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels.support import Support, flat_butterfly, kept_elements
+from pixelfly_compiler.passes.experts import selected
 from pixelfly_compiler.passes.flops import flops_of, hint, other_flops
-from pixelfly_compiler.passes.forms import Operands, operands_of, selected
+from pixelfly_compiler.passes.forms import operands_of
+from pixelfly_compiler.passes.operands import Operands
 from pixelfly_compiler.passes.regions import Copies, Layout, Region, overlap
 from pixelfly_compiler.passes.roles import assign_roles
 from pixelfly_compiler.passes.scopes import Scopes
