@@ -19,9 +19,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.passes.matmuls import matmuls
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
 from pixelfly_compiler.passes.scopes import Scopes
-from pixelfly_compiler.passes.sites import Match, matmuls
+from pixelfly_compiler.passes.sites import Match
 from pixelfly_compiler.passes.weights import may_write, memory_of, sub_graphs, uses
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)

@@ -10,7 +10,7 @@ import torch
 from torch._functorch.predispatch import _add_batch_dim, _remove_batch_dim
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.passes.weights import called, is_call, is_tagged, placeholders, sub_graphs, value_of
+from pixelfly_compiler.passes.weights import Use, called, is_call, is_tagged, placeholders, sub_graphs, value_of
 
 Hidden = Mapping[Node, tuple[Any, ...]]  # node -> sizes
 _Levels = dict[Any, Any]  # level of the vmap -> size
@@ -49,6 +49,11 @@ class Scopes:
         values = [value for tensor in tensors if (value := value_of(tensor)) is not None]
         types, on = {value.dtype for value in values}, self.autocast.get(node, ())
         return len(types) == 1 or (torch.float64 not in types and all(value.device.type in on for value in values))
+
+    def is_reshaped(self, use: Use) -> bool:
+        """Does the result of this use, or what it takes, get another shape in place?"""
+        index = () if use.selection is None else (use.selection.index,)
+        return not self.reshaped.isdisjoint((use.user, *use.user.all_input_nodes, *index))
 
 
 def _nodes_without_gradients(module: GraphModule) -> Iterator[Node]:

@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from pixelfly_compiler.passes.matmuls import matmuls
 from pixelfly_compiler.passes.open import put_code
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first
 from pixelfly_compiler.passes.scopes import Scopes
-from pixelfly_compiler.passes.sites import Match, matmuls
+from pixelfly_compiler.passes.sites import Match
 from pixelfly_compiler.passes.weights import is_call, may_write, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.

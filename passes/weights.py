@@ -27,6 +27,11 @@ from pixelfly_compiler.passes.regions import Copies, Layout, Steps
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 # ---- names ----
 
 # A decorated forward gets its module as args[0].

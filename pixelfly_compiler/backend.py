@@ -33,11 +33,13 @@ from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.gpus import why_no_kernels
 from pixelfly_compiler.names import Origin, dense_if_shared, names_of, namesakes, origin_of
 from pixelfly_compiler.passes.attention import replace_attention
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.reasons import BOTH_ORIENTATIONS, overlapping
 from pixelfly_compiler.passes.regions import overlap
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, SiteConfig, find_sites, overlapping
+from pixelfly_compiler.passes.sites import Found, Site, SiteConfig
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import own_name, placeholders
 from pixelfly_compiler.plan import make_plan

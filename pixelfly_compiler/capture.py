@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from pixelfly_compiler.errors import PlanError
 from pixelfly_compiler.names import namesakes
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.open import open_composites
+from pixelfly_compiler.passes.reasons import BOTH_ORIENTATIONS, overlapping
 from pixelfly_compiler.passes.regions import overlap
-from pixelfly_compiler.passes.sites import BOTH_ORIENTATIONS, Found, Site, Skipped, find_sites, overlapping
+from pixelfly_compiler.passes.sites import Found, Site, Skipped
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity, storages
 

@@ -40,10 +40,11 @@ from pixelfly_compiler.errors import EmitError, OptionError, PixelflyError
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.names import weight_names
 from pixelfly_compiler.passes.cost import gpu_device, sparse_time
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.fold_densify import fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import rewrite
-from pixelfly_compiler.passes.sites import Site, find_sites
+from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import own_name, parameter_names_by_identity
 from pixelfly_compiler.plan import make_plan

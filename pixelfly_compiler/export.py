@@ -37,10 +37,11 @@ from pixelfly_compiler.errors import ExportError
 from pixelfly_compiler.oracle import project
 from pixelfly_compiler.passes.attention import replace_attention
 from pixelfly_compiler.passes.exported import as_dynamo_writes, as_export_runs, mark_parameter
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.fold_densify import DENSIFY, fold_densify
 from pixelfly_compiler.passes.open import open_composites
 from pixelfly_compiler.passes.rewrite import CompactInput, erase_unused, rewrite
-from pixelfly_compiler.passes.sites import Found, find_sites
+from pixelfly_compiler.passes.sites import Found
 from pixelfly_compiler.passes.split import split_joined_weights
 from pixelfly_compiler.passes.weights import called, parameter_names_by_identity, placeholders
 from pixelfly_compiler.plan import make_plan

@@ -30,7 +30,8 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import lowering_cpu, projection_cpu
-from pixelfly_compiler.passes.sites import Found, Site, find_sites
+from pixelfly_compiler.passes.find import find_sites
+from pixelfly_compiler.passes.sites import Found, Site
 from pixelfly_compiler.plan import plan, project, project_
 
 # Every model here has the same few shapes, so that most kernels are compiled once for all tests.

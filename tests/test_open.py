@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pixelfly_compiler.backend import own_copy
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.open import open_composites
-from pixelfly_compiler.passes.sites import Found, find_sites
+from pixelfly_compiler.passes.sites import Found
 
 X, MEMORY = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
 MASK = torch.zeros(2, 7, dtype=torch.bool).index_fill(1, torch.tensor([6]), True)

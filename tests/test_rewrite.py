@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from pixelfly_compiler.backend import own_copy, weight_positions
 from pixelfly_compiler.compact import CompactInputs, CompactWeights
 from pixelfly_compiler.decision import Entry
+from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.rewrite import Rewritten, rewrite
-from pixelfly_compiler.passes.sites import Found, SiteConfig, find_sites
+from pixelfly_compiler.passes.sites import Found, SiteConfig
 from pixelfly_compiler.passes.weights import parameter_names
 from pixelfly_compiler.plan import project
 

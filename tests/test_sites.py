@@ -17,8 +17,10 @@ from torch.func import grad, vmap
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
+from pixelfly_compiler.passes.find import find_sites
+from pixelfly_compiler.passes.reasons import ineligible
 from pixelfly_compiler.passes.regions import Region
-from pixelfly_compiler.passes.sites import Found, Match, find_sites, ineligible
+from pixelfly_compiler.passes.sites import Found, Match
 from pixelfly_compiler.passes.weights import qualified_name
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pixelfly_compiler.backend import own_copy
-from pixelfly_compiler.passes.sites import Found, find_sites
+from pixelfly_compiler.passes.find import find_sites
+from pixelfly_compiler.passes.sites import Found
 from pixelfly_compiler.passes.split import split_joined_weights
 
 X = torch.randn(3, 5, 64, dtype=torch.float64)
