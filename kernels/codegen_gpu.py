@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
-from pixelfly_compiler.kernels import lowering_gpu
+from pixelfly_compiler.kernels import templates_gpu
 from pixelfly_compiler.kernels.gpus import Gpu
 from pixelfly_compiler.kernels.virtual_device import virtual_device
 
@@ -163,11 +163,11 @@ def _not_here(*args: Any) -> Any:
 
 @contextlib.contextmanager
 def _listening(listen: Any) -> Iterator[None]:
-    lowering_gpu.listeners.append(listen)
+    templates_gpu.listeners.append(listen)
     try:
         yield
     finally:
-        lowering_gpu.listeners.remove(listen)
+        templates_gpu.listeners.remove(listen)
 
 
 def _kernels(wrapper: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from torch._inductor.lowering import lowerings as L  # isort: skip
 
 _OPERATORS = ("linear", "block_grad", "grouped_linear", "grouped_block_grad", "attention", "attention_backward")
 # Imported when they are needed: Triton only when a GPU is compiled for. What a device lacks runs as its reference.
-_MODULES = {"cpu": ("lowering_cpu", "lowering_cpu_attention"), "cuda": ("lowering_gpu",)}
+_MODULES = {"cpu": ("lowering_cpu", "lowering_cpu_attention"), "cuda": ("lowering_gpu_linear", "lowering_gpu_grad")}
 
 
 def _overload(name: str) -> Any:
@@ -53,9 +53,9 @@ def register() -> None:
     for overload, lower in _lowered().items():
         register_lowering(overload, type_promotion_kind=None)(lower)
     if torch.cuda.is_available():
-        from pixelfly_compiler.kernels import lowering_gpu
+        from pixelfly_compiler.kernels import lowering_gpu_linear
 
-        lowering_gpu.dense_choice()  # code out of a compiler's cache may call it where nothing is lowered
+        lowering_gpu_linear.dense_choice()  # code out of a compiler's cache may call it where nothing is lowered
     # As for aten's matmuls: else a bias gradient computes the whole pointwise chain of its input once more.
     add_needs_realized_inputs(list(_lowered()))
 

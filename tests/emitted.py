@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from pixelfly_compiler.kernels import codegen_gpu, lowering, lowering_gpu
+from pixelfly_compiler.kernels import codegen_gpu, lowering, lowering_gpu_grad, lowering_gpu_linear
 from pixelfly_compiler.kernels.codegen_gpu import Code
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu
 from pixelfly_compiler.kernels.triton_binary import Binary, compile_kernel, load
@@ -69,9 +69,12 @@ def by_tma(place: int, **changes: int) -> Iterator[None]:
 
         return choose
 
-    linear = chosen(lowering_gpu.linear_launches, lambda launch: launch.programs > 0)
-    block_grad = chosen(lowering_gpu.block_grad_launches, lambda launch: launch.tma)
-    with patch.multiple(lowering_gpu, linear_launches=linear, block_grad_launches=block_grad):
+    linear = chosen(lowering_gpu_linear.linear_launches, lambda launch: launch.programs > 0)
+    block_grad = chosen(lowering_gpu_grad.block_grad_launches, lambda launch: launch.tma)
+    with (
+        patch.object(lowering_gpu_linear, "linear_launches", linear),
+        patch.object(lowering_gpu_grad, "block_grad_launches", block_grad),
+    ):
         yield
 
 

@@ -154,11 +154,11 @@ def test_every_launch_that_autotuning_may_choose(
 ) -> None:
     if device.type == "cpu":
         pytest.skip("launches are a GPU's")
-    from pixelfly_compiler.kernels import heuristics_gpu, lowering_gpu
+    from pixelfly_compiler.kernels import heuristics_gpu, lowering_gpu_grad, lowering_gpu_linear
 
-    for name in ("linear_launches", "block_grad_launches"):
+    for module, name in ((lowering_gpu_linear, "linear_launches"), (lowering_gpu_grad, "block_grad_launches")):
         launches = getattr(heuristics_gpu, name)
-        monkeypatch.setattr(lowering_gpu, name, lambda *args, of=launches: [of(*args)[variant % len(of(*args))]])
+        monkeypatch.setattr(module, name, lambda *args, of=launches: [of(*args)[variant % len(of(*args))]])
     check(layer, operands(flat_butterfly(512, 640, block, 1), 700, 64, torch.bfloat16, device))
 
 

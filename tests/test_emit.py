@@ -563,7 +563,7 @@ def test_nothing_remains_after_an_error() -> None:
 
 @needs_triton
 def test_compiled_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelfly_compiler.kernels import lowering_gpu
+    from pixelfly_compiler.kernels import lowering_gpu_linear
 
     graphs: list[weakref.ref[torch.fx.Graph]] = []
 
@@ -571,8 +571,8 @@ def test_compiled_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs.append(weakref.ref(product.graph))
         return original(product)
 
-    original = lowering_gpu.epilogue_weight
-    monkeypatch.setattr(lowering_gpu, "epilogue_weight", epilogue_weight)
+    original = lowering_gpu_linear.epilogue_weight
+    monkeypatch.setattr(lowering_gpu_linear, "epilogue_weight", epilogue_weight)
     with_epilogue("cast", torch.bfloat16, "cuda:90")
     torch._dynamo.reset()
     gc.collect()
@@ -618,7 +618,7 @@ def snapshot() -> dict[str, Any]:
     from torch._inductor.graph import GraphLowering
     from triton.runtime import driver
 
-    from pixelfly_compiler.kernels import lowering_gpu, virtual_device
+    from pixelfly_compiler.kernels import templates_gpu, virtual_device
 
     replaced = {
         f"{getattr(where, '__name__', where)}.{name}": vars(where).get(name)
@@ -629,7 +629,7 @@ def snapshot() -> dict[str, Any]:
         "properties": dict(device_interface.caching_worker_device_properties),
         "environment": dict(os.environ),
         "compile": GraphLowering.compile_to_module,
-        "listeners": list(lowering_gpu.listeners),
+        "listeners": list(templates_gpu.listeners),
         "available": torch.cuda.is_available(),
     }
 
@@ -773,7 +773,7 @@ def with_epilogue(name: str, dtype: torch.dtype, target: str) -> list[Code]:
 @needs_triton
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_what_will_be_fused_is_foreseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelfly_compiler.kernels import lowering_gpu
+    from pixelfly_compiler.kernels import lowering_gpu_linear
 
     weights: list[float] = []
 
@@ -781,8 +781,8 @@ def test_what_will_be_fused_is_foreseen(name: str, monkeypatch: pytest.MonkeyPat
         weights.append(found := original(product))
         return found
 
-    original = lowering_gpu.epilogue_weight
-    monkeypatch.setattr(lowering_gpu, "epilogue_weight", epilogue_weight)
+    original = lowering_gpu_linear.epilogue_weight
+    monkeypatch.setattr(lowering_gpu_linear, "epilogue_weight", epilogue_weight)
     with_epilogue(name, torch.bfloat16, "cuda:90")
     assert weights == EPILOGUES[name][1]
 
