@@ -32,6 +32,7 @@ from pixelfly_compiler.passes.regions import Region
 from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.passes.weights import own_name
 from pixelfly_compiler.plan import make_plan
+from pixelfly_compiler.report import announcer
 
 log = logging.getLogger("pixelfly_compiler")
 
@@ -264,9 +265,9 @@ def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config:
         for site in found.sites
     )
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
-    config, names = config.replace(basis="svd"), weight_names(model, found)
-    for text in config.why_unmatched(names):
-        log.warning("pixelfly: %s", text)
+    config = config.replace(basis="svd")
+    announcer.unmatched(config, model, found)
+    names = weight_names(model, found)
     return make_plan(replace(found, sites=sites), config, weights=weights, training=True, names=names)
 
 
