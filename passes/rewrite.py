@@ -31,6 +31,7 @@ from pixelfly_compiler.passes.sites import Match, SiteConfig
 from pixelfly_compiler.passes.weights import (
     SubGraphs,
     called,
+    may_write,
     namespace,
     placeholders,
     set_operands,
@@ -170,7 +171,7 @@ def _is_seen(node: Node) -> bool:
         source, copied = front.pop()
         for user in source.users:
             name, value = called(user), value_of(user)
-            if user.op == "output" or name in _ASKING or not _is_of_torch(user) or (copied and _writes(user)):
+            if user.op == "output" or name in _ASKING or not _is_of_torch(user) or (copied and may_write(user)):
                 return True
             step = (user, copied or name in _AT_TIMES_COPIES)
             if name in _FRESH or (value is not None and value.dim() <= 1 and not step[1]):
@@ -186,11 +187,6 @@ def _is_of_torch(user: Node) -> bool:
     if user.op != "call_function":
         return user.op == "call_method"
     return not isinstance(user.target, HigherOrderOperator) and namespace(user) in (None, "aten", "prims", "pixelfly")
-
-
-def _writes(user: Node) -> bool:
-    name = called(user)
-    return name == "setitem" or (name.endswith("_") and not name.endswith("__")) or user.kwargs.get("inplace") is True
 
 
 # ---- the operators ----

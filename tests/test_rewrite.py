@@ -497,7 +497,7 @@ VIEWED: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
 
 def doubled(y: Tensor, view: Tensor) -> Tensor:
     """y after a change of its view."""
-    view.mul_(2)
+    view *= 2
     return y
 
 
