@@ -124,17 +124,13 @@ def _without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable
 
 
 @_without_autocast
-def fit_lowrank(weight: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor, block: int) -> Tensor:
-    """The u, (out, r), of the projection with basis v; gram_inv, (R, r, r), comes from `gram_inverse`."""
-    weight = weight.to(_compute_dtype(weight))
-    return _fit(weight, gather_blocks(weight, rows, cols, block), v.to(weight.dtype), gram_inv, rows, cols)
-
-
-@_without_autocast
 def project_fixed(
     weight: Tensor, v: Tensor, gram_inv: Tensor, rows: Tensor, cols: Tensor, block: int
 ) -> tuple[Tensor, Tensor]:
-    """The orthogonal projection with basis v: (blocks, u); its dense form is `densify(blocks, u, v, rows, cols)`."""
+    """The orthogonal projection with basis v: (blocks, u); its dense form is `densify(blocks, u, v, rows, cols)`.
+
+    gram_inv, (R, r, r), comes from `gram_inverse`.
+    """
     weight = weight.to(_compute_dtype(weight))
     v = v.to(weight.dtype)
     kept = gather_blocks(weight, rows, cols, block)

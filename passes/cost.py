@@ -27,7 +27,6 @@ DENSE_FLOPS = 2 * M * DENSE_PARAMS
 SPARSE_FLOPS = 2 * M * SPARSE_PARAMS
 BLOCK_FLOPS = 2 * M * KEPT
 LOWRANK_FLOPS = 2 * M * RANK * (OUT + IN)
-DENSE_BYTES = SIZE * (DENSE_PARAMS + M * (OUT + IN))
 # The low-rank activations (rows, rank) are written once and read once.
 SPARSE_BYTES = SIZE * (SPARSE_PARAMS + M * (OUT + IN + 2 * RANK))
 # Training projects the weight in every step, and its gradient too; each reads and writes about two dense weights.
@@ -50,10 +49,6 @@ def evaluate(expression: sympy.Expr, site: Site, config: SiteConfig | None = Non
 
 def dense_flops(site: Site) -> int:
     return evaluate(DENSE_FLOPS, site)
-
-
-def sparse_flops(site: Site, config: SiteConfig) -> int:
-    return evaluate(SPARSE_FLOPS, site, config)
 
 
 # ---- time ----

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from pixelfly_compiler.passes.contractions import batched
 from pixelfly_compiler.passes.flops import hint
-from pixelfly_compiler.passes.operands import Operands, Step, is_one, of_first, shape_of, transpose
+from pixelfly_compiler.passes.operands import Operands, Step, is_one, of_first, same, shape_of, transpose
 from pixelfly_compiler.passes.regions import Layout
 from pixelfly_compiler.passes.weights import Selection, is_call
 
@@ -32,11 +32,8 @@ def grouped_mm(node: Node, operand: Node) -> Operands | None:
         return batched(x, weight, operand) if len(shape_of(x)) == 3 else None
     if len(shape_of(x)) != 2 or not isinstance(offs, Node):
         return None
-    return Operands(x, weight, matrix=transpose, enter=_first, leave=_first, given=(offs,), ends=_as_int32)
-
-
-def _first(x: Any, _: Any) -> Any:
-    return x
+    as_is = partial(of_first, step=same)
+    return Operands(x, weight, matrix=transpose, enter=as_is, leave=as_is, given=(offs,), ends=_as_int32)
 
 
 def _as_int32(_: Any, offs: Any) -> Any:

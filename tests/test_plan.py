@@ -214,7 +214,7 @@ def test_training_changes_predictions_and_no_decision() -> None:
 def test_cost_expressions_agree_with_counting() -> None:
     config = SiteConfig(64, 1, 32)
     kept = 2 * 12 * 64 * 64 + 32 * (768 + 768)
-    assert cost.sparse_flops(site(768, 768, rows=10), config) == 2 * 10 * kept
+    assert cost.evaluate(cost.SPARSE_FLOPS, site(768, 768, rows=10), config) == 2 * 10 * kept
     assert cost.dense_flops(site(768, 768, rows=10)) == 2 * 10 * 768 * 768
     assert cost.evaluate(cost.SPARSE_PARAMS, site(768, 768), config) == kept
     assert cost.evaluate(cost.PROJECTION_FLOPS, site(768, 512), config) == 2 * (2 * 768 * 512 * 32)

@@ -19,7 +19,6 @@ from pixelfly_compiler.kernels.projection import (
     LEAST_OUTSIDE,
     block_index,
     densify,
-    fit_lowrank,
     fixed_basis,
     gather_blocks,
     gram_inverse,
@@ -164,12 +163,11 @@ def test_autocast_does_not_lower_the_precision() -> None:
     weight = typical.random(0, torch.float32)
     v, (rows, cols) = fixed_basis(72, 8), block_index(typical.support)
     arguments = weight, v, gram_inverse(typical.support, v), rows, cols, 8
-    expected = *project_fixed(*arguments), fit_lowrank(*arguments)
+    expected = project_fixed(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = *project_fixed(*arguments), fit_lowrank(*arguments)
+        actual = project_fixed(*arguments)
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(expected[1], expected[2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
