@@ -6,7 +6,6 @@ What a template cannot take (other dtypes, odd ranks) is answered with None.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -32,8 +31,9 @@ from torch._inductor.virtualized import V, ops
 
 from pixelfly_compiler.kernels.cpus import has_matrix_unit
 from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_read, is_static, row_major
+from pixelfly_compiler.kernels.ops import DTYPES
+from pixelfly_compiler.kernels.reference import SupportIndex
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 32  # up to here blocks are read in place; beyond, packing them pays
 _FEWEST_ROWS_OF_UNIT = 4  # up to here dot products are faster than a matrix unit's tiles, mostly empty
 # Rows of x per tile: with 64 outputs in fp32 the accumulator tile takes 12 KiB of L1. The matrix unit's are 32 high.
@@ -262,7 +262,7 @@ def _lower_products(
     *lead, k = x.get_size()
     stacked, b_out, b_in = blocks.get_size()
     rank = 0 if v is None else v.get_size()[1]
-    supported = x.get_dtype() in _DTYPES and is_static(k, stacked, b_out, b_in, rank, features) and stacked > 0
+    supported = x.get_dtype() in DTYPES and is_static(k, stacked, b_out, b_in, rank, features) and stacked > 0
     if not supported or b_out % 16 or b_in % 16 or rank % 16:
         return None
     rows = sympy_product(lead)
@@ -371,12 +371,11 @@ def _lower_gradients(
     out_features = a.get_size()[1]
     in_features = x.get_size()[1]
     rank = 0 if t is None else t.get_size()[1]
-    index_size = None if index is None else index.get_size()[0]
-    supported = x.get_dtype() in _DTYPES and is_static(out_features, in_features, rank)
+    supported = x.get_dtype() in DTYPES and is_static(out_features, in_features, rank)
     if not supported or b_out % 16 or b_in % 16 or rank % 16:
         return None
-    block_rows, block_cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
-    nnz = block_rows * block_cols if index is None else (int(index_size) - block_rows - block_cols - 2) // 4
+    length = None if index is None else int(index.get_size()[0])
+    nnz = SupportIndex.of_length(length, int(out_features), int(in_features), b_out, b_in).nnz
     if nnz == 0:
         return None
     inputs = {"A": row_major(a), "X": row_major(x)} | ({} if index is None else {"INDEX": contiguous(index)})

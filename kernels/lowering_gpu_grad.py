@@ -5,7 +5,6 @@ Where every block is kept, and for u, whose gradient is a thin dense product, it
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from torch._inductor.ir import FixedLayout, TensorBox
 from pixelfly_compiler.kernels.gpus import gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import GradLaunch, GradShape, block_grad_launches, power_of_two
 from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_static, row_major
+from pixelfly_compiler.kernels.ops import DTYPES
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.templates_gpu import (
     BLOCKS,
-    DTYPES,
     Variant,
     by_template,
     is_ready_for_tma,
@@ -100,16 +99,10 @@ def _lower_blocks(
         return None
     if index is None:
         return _every_block(a, x, b_out, b_in)
-    support = _kept(index, int(out_features), int(in_features), b_out, b_in)
+    support = SupportIndex.of_length(int(index.get_size()[0]), int(out_features), int(in_features), b_out, b_in)
     if b_out not in BLOCKS or b_in not in BLOCKS or support.nnz == 0:
         return None
     return _grads(a, x, index, ends, matrices, support, b_out, b_in)
-
-
-def _kept(index: TensorBox, out_features: int, in_features: int, b_out: int, b_in: int) -> SupportIndex:
-    """The shape of the support of this index."""
-    every = SupportIndex.shape_of(None, out_features, in_features, b_out, b_in)
-    return replace(every, nnz=(int(index.get_size()[0]) - every.block_rows - every.block_cols - 2) // 4)
 
 
 def _every_block(a: TensorBox, x: TensorBox, b_out: int, b_in: int) -> TensorBox:

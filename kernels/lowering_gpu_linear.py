@@ -26,10 +26,10 @@ from pixelfly_compiler.kernels.epilogue import epilogue_weight
 from pixelfly_compiler.kernels.gpus import gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import LinearLaunch, LinearShape, linear_launches, power_of_two
 from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_read, is_static, row_major
+from pixelfly_compiler.kernels.ops import DTYPES
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.templates_gpu import (
     BLOCKS,
-    DTYPES,
     Variant,
     by_template,
     is_ready_for_tma,
@@ -142,7 +142,7 @@ def _block_products(inputs: dict[str, TensorBox], features: int, transposed: boo
     x, blocks, u = inputs["x"], inputs["blocks"], inputs.get("u")
     k, (stacked, b_out, b_in) = int(x.get_size()[1]), map(int, blocks.get_size())
     out_features, in_features = (k, features) if transposed else (features, k)
-    every = SupportIndex.shape_of(None, out_features, in_features, b_out, b_in)
+    every = SupportIndex.of_length(None, out_features, in_features, b_out, b_in)
     support = replace(every, nnz=stacked // max(matrices, 1))
     block = (b_out, b_in) if transposed else (b_in, b_out)
     crow_t = support.block_rows + 1 + 2 * support.nnz

@@ -26,6 +26,8 @@ from pixelfly_compiler.kernels import reference
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that kernels exist in
+
 
 @functools.lru_cache(maxsize=1024)
 def _support_index(support: Support, device: torch.device) -> Tensor:

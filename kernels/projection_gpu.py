@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pixelfly_compiler.kernels.gpus import gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import ProjectionLaunch, projection_launch
-from pixelfly_compiler.kernels.ops import support_index
+from pixelfly_compiler.kernels.ops import DTYPES, support_index
 from pixelfly_compiler.kernels.support import Support
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _failures: list[Exception] = []
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -205,7 +204,7 @@ def _lowrank(  # type: ignore[no-untyped-def]
 def applies(projector: Projector, weight: Tensor, part: torch.dtype) -> bool:
     """Can it project this weight to blocks and u of dtype `part`?"""
     rank, block = projector.v.shape[1], projector.support.block
-    fits = weight.dtype in _DTYPES and part in _DTYPES and rank > 0 and projector.support.nnz > 0
+    fits = weight.dtype in DTYPES and part in DTYPES and rank > 0 and projector.support.nnz > 0
     return fits and block >= 16 and block & (block - 1) == 0 and not _failures
 
 

@@ -37,9 +37,12 @@ class SupportIndex:
     @staticmethod
     def shape_of(index: Tensor | None, out_features: int, in_features: int, b_out: int, b_in: int) -> SupportIndex:
         """The index's shape, from its length; without an index every block is kept."""
+        return SupportIndex.of_length(None if index is None else index.shape[0], out_features, in_features, b_out, b_in)
+
+    @staticmethod
+    def of_length(length: int | None, out_features: int, in_features: int, b_out: int, b_in: int) -> SupportIndex:
         rows, cols = math.ceil(out_features / b_out), math.ceil(in_features / b_in)
-        nnz = rows * cols if index is None else (index.shape[0] - rows - cols - 2) // 4
-        return SupportIndex(rows, cols, nnz)
+        return SupportIndex(rows, cols, rows * cols if length is None else (length - rows - cols - 2) // 4)
 
     @staticmethod
     def coordinates(

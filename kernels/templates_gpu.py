@@ -34,7 +34,6 @@ from pixelfly_compiler.kernels.heuristics_gpu import power_of_two
 from pixelfly_compiler.kernels.reference import SupportIndex
 from pixelfly_compiler.kernels.support import Support
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128)
 
 listeners: list[Callable[[str, tuple[torch.fx.Node, ...]], None]] = []

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from pixelfly_compiler.kernels import ops  # noqa: F401 - registers torch.ops.pixelfly
+from pixelfly_compiler.kernels import ops  # registers torch.ops.pixelfly
 from pixelfly_compiler.passes.matmuls import matmuls
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first, put_linear
 from pixelfly_compiler.passes.scopes import Scopes
@@ -26,7 +26,6 @@ from pixelfly_compiler.passes.sites import Match
 from pixelfly_compiler.passes.weights import may_write, memory_of, sub_graphs, uses
 
 DENSIFY = (torch.ops.pixelfly.densify, torch.ops.pixelfly.densify.default)
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fold_densify(gm: GraphModule, has_kernels: Callable[[torch.device], bool]) -> int:
@@ -84,7 +83,7 @@ def _written(modules: Sequence[GraphModule]) -> set[int]:
 def _can_fold(match: Match, module: GraphModule, has_kernels: Callable[[torch.device], bool]) -> bool:
     """A weight handed into a sub-graph stays dense there: its factors are not at hand."""
     value = match.node.meta["example_value"]
-    return match.module is module and match.dtype in KERNEL_DTYPES and has_kernels(value.device)
+    return match.module is module and match.dtype in ops.DTYPES and has_kernels(value.device)
 
 
 def _replace(fold: _Fold) -> None:
