@@ -68,7 +68,7 @@ def applies(projector: Projector, weight: Tensor, part: torch.dtype) -> bool:
     """Can it project this weight to blocks and u of dtype `part`?"""
     rank = projector.v.shape[1]
     fits = weight.dtype in _C_TYPES and part in _C_TYPES and 1 in weight.stride()[-2:]
-    return fits and rank > 0 and rank % 16 == 0 and projector.support.block % 16 == 0
+    return fits and rank % 16 == 0 and projector.support.block % 16 == 0
 
 
 def prepare(dense: torch.dtype, part: torch.dtype) -> None:
