@@ -47,14 +47,16 @@ def candidates(
     *,
     budget: float,
     lowrank_share: float | None = None,
+    training: bool = False,
     force: bool = False,
     mixing: bool = False,
     most_strides: int = 256,
 ) -> list[Candidate]:
     """Every config that keeps less than all and is predicted faster than dense; with `force`, faster or not.
 
+    The prediction is for the forward pass, so that training and evaluation prefer the same; but with `training` there is
+    none unless a whole step is faster, too, with what comes nearest to the budget.
     `mixing`: rather smaller blocks than no stride beside the diagonal.
-    The prediction is for the forward pass, in training too: a model must not change its meaning between the two.
     """
     limit = float("inf") if force else dense_time(site, device) / MARGIN
     found = []
@@ -71,6 +73,10 @@ def candidates(
                 if time < limit or force:
                     bare = 4 * len(blocks) if mixing and not strides else 0
                     found.append(Candidate(config, total, time, bare + 4 * place + penalty))
+    if training and found and not force:
+        nearest = min(found, key=lambda way: abs(way.kept - budget * site.elements)).config
+        if sparse_time(site, nearest, device, training=True) >= dense_time(site, device, training=True) / MARGIN:
+            return []
     return found
 
 

@@ -29,7 +29,8 @@ BLOCK_FLOPS = 2 * M * KEPT
 LOWRANK_FLOPS = 2 * M * RANK * (OUT + IN)
 # The low-rank activations (rows, rank) are written once and read once.
 SPARSE_BYTES = SIZE * (SPARSE_PARAMS + M * (OUT + IN + 2 * RANK))
-# Training projects the weight in every step, and its gradient too; each reads and writes about two dense weights.
+# Training projects the weight in every step, and its gradient too, in fp32; each reads and writes about two dense
+# weights, and what it computes does not hide that.
 PROJECTION_FLOPS = 2 * (2 * OUT * IN * RANK)
 PROJECTION_BYTES = 2 * SIZE * 3 * OUT * IN
 
@@ -97,7 +98,7 @@ class Device:
     bandwidth: float = 60e9
     packing: float = 42e-12  # seconds per byte of compact weight, which is put into another order for more rows
     overhead: float = 6e-6  # of a call: looking up the compact weight, checks of its tensors, waking threads
-    projection: float = 1.2e-9  # seconds per element of a dense weight: P and its adjoint, in a step of training
+    projection: float = 24.0  # overheads of a call that P and its adjoint take beside their flops and bytes
     lowrank_overhead: float = 0.0  # of the product with v, where it is a kernel that has to be launched
     blocks: tuple[int, ...] = (64, 32, 16)  # block sizes in order of preference
 
@@ -121,7 +122,6 @@ def gpu_device(gpu: Gpu) -> Device:
         bandwidth=bandwidth,
         packing=0.0,
         overhead=3e-6,
-        projection=0.0,
         lowrank_overhead=3e-6,
         blocks=(128, 64, 32),
     )
@@ -155,26 +155,30 @@ def _from_grid(grid: Grid, rows: float, width: float) -> float:
 
 def sparse_time(site: Site, config: SiteConfig, device: Device, training: bool = False) -> float:
     """Predicted seconds of the sparse matmul; in training with its gradients and the projection of the weight."""
-    if site.matrices > 1:
-        return _groups(site) * sparse_time(_one_of(site), config, device, training)
-    rate = device.rate.get(site.dtype)
-    if rate is None:
+    if device.rate.get(site.dtype) is None:
         return float("inf")  # no kernel for this dtype: only the reference, which is never faster than dense
-    thin_rate = rate * device.lowrank_efficiency
+    forward = _groups(site) * _forward_time(_one_of(site), config, device)
+    if not training:
+        return forward
+    return 3 * forward + (_projection_time(site, config, device) if site.trained else 0.0)
+
+
+def _forward_time(site: Site, config: SiteConfig, device: Device) -> float:
+    """Of one matrix."""
     few = site.rows <= device.few_rows
     if few:
         compute = evaluate(SPARSE_FLOPS, site, config) / device.few_rows_rate[site.dtype]
     else:
+        rate = device.rate[site.dtype]
         compute = evaluate(BLOCK_FLOPS, site, config) / (rate * device.block_efficiency[config.block])
-        compute += evaluate(LOWRANK_FLOPS, site, config) / thin_rate
-    forward = max(compute, evaluate(SPARSE_BYTES, site, config) / device.bandwidth) + device.overhead
-    forward += 0.0 if few else device.packing * evaluate(SIZE * SPARSE_PARAMS, site, config)
-    forward += device.lowrank_overhead if config.rank else 0.0
-    if not training:
-        return forward
-    projection = max(
-        evaluate(PROJECTION_FLOPS, site, config) / thin_rate,
-        evaluate(PROJECTION_BYTES, site, config) / device.bandwidth,
-        site.elements * device.projection,
-    )
-    return 3 * forward + projection + device.overhead
+        compute += evaluate(LOWRANK_FLOPS, site, config) / (rate * device.lowrank_efficiency)
+    time = max(compute, evaluate(SPARSE_BYTES, site, config) / device.bandwidth) + device.overhead
+    time += 0.0 if few else device.packing * evaluate(SIZE * SPARSE_PARAMS, site, config)
+    return time + (device.lowrank_overhead if config.rank else 0.0)
+
+
+def _projection_time(site: Site, config: SiteConfig, device: Device) -> float:
+    """Of P and its adjoint, in a step of training: of all matrices, whichever the rows meet."""
+    compute = evaluate(PROJECTION_FLOPS, site, config) / device.rate["float32"]
+    memory = evaluate(PROJECTION_BYTES, site, config) / device.bandwidth
+    return site.matrices * (compute + memory) + device.projection * device.overhead

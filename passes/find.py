@@ -142,6 +142,7 @@ class _Weight:
             reason=ineligible(self.value) or self._conflict(matches),
             region=first.region,
             matrices=first.matrices or 1,
+            trained=self.value.requires_grad,
             modules=modules,
             other_flops=sum(match.flops for match in matches if match.region != first.region),
             nodes=tuple(match.node.name for match in matches),

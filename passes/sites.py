@@ -70,6 +70,7 @@ class Site:
     reason: str | None = None  # why this site cannot be sparse, None if it can
     region: Region | None = None
     matrices: int = 1  # that the weight holds; each row meets one of them
+    trained: bool = False  # the weight requires a gradient: every step of training projects it
     modules: tuple[str, ...] = ()  # that multiply with it; "" is the one that Dynamo saw as `self`
     namesakes: tuple[str, ...] = ()  # other sites that its code may run for, after a graph break
     other_flops: int = 0  # of what else multiplies with it

@@ -234,7 +234,8 @@ def _plan(found: Found, config: Config, weights: Mapping[str, Tensor], origin: O
         entry = _decided.of(weights[site.parameter]).get(key + _matrix(site))
         if entry is not None:
             known[site.name] = entry
-    training = torch.is_grad_enabled() and any(weights[site.parameter].requires_grad for site in found.sites)
+    training = torch.is_grad_enabled() and (origin.root is None or origin.root.training)
+    training = training and any(site.trained for site in found.sites)
     plan = make_plan(found, config, weights=weights, training=training, decided=known)
     _warn_of_other_uses(found, sparse_configs(found, plan), config, weights, origin)
     if config.plan is None:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pixelfly_compiler.capture import capture
@@ -41,15 +42,16 @@ def plan(
     """Decide for every weight of `model`, from one run of `model(*args, **kwargs)`; compiles and changes nothing.
 
     `args` is a tuple, or one tensor. `options` are those of `Config`: budget=0.25, allocator=, block_size=, ...
-    `device` holds the time model's constants; `training` (default: as the model is) adds the gradients and the
-    projection of the weights to the predicted speed-ups, and runs the model with gradients on.
+    `device` holds the time model's constants; `training` (default: as the model is, and gradients are) decides for whole
+    steps of training, with the gradients and the projection of the weights, and runs the model with gradients on.
     """
     config, others = Config.from_options(options)
     if others:
         raise TypeError(f"plan() got an unexpected option {next(iter(others))!r}")
     positional = tuple(args) if isinstance(args, tuple | list) else (args,)
     if training is None:
-        training = model.training and any(parameter.requires_grad for parameter in model.parameters())
+        trained = any(parameter.requires_grad for parameter in model.parameters())
+        training = model.training and torch.is_grad_enabled() and trained
     found = capture(model, positional, kwargs, training=training)
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
     return make_plan(found, config, weights=weights, device=device, training=training, names=weight_names(model, found))
@@ -84,7 +86,7 @@ def make_plan(
             choice[site.name] = (decided[site.name].config, decided[site.name].reason)
         elif site.name in reasons:
             choice[site.name] = (None, reasons[site.name])
-    problem = _Problem(members, config, device, weights or {}, choice)
+    problem = _Problem(members, config, device, weights or {}, choice, training)
     allocation = problem.solve()
     if allocation.note:
         notes.append(allocation.note)
@@ -134,8 +136,9 @@ class _Problem:
         device: Device | None,
         weights: Mapping[str, Tensor],
         choice: Decisions,
+        training: bool,
     ) -> None:
-        self.config, self.device, self.weights = config, device, weights
+        self.config, self.device, self.weights, self.training = config, device, weights, training
         self.free = {role: [s for s in sites if s.name not in choice] for role, sites in members.items()}
         self.free = {role: sites for role, sites in self.free.items() if sites}
         fixed = [(site, *choice[site.name]) for sites in members.values() for site in sites if site.name in choice]
@@ -173,18 +176,23 @@ class _Problem:
     def _candidates(self, role: str, level: int) -> list[ways.Candidate]:
         key = (role, level)
         if key not in self._ways:
-            site = self.free[role][0]
-            self._ways[key] = ways.candidates(
-                site,
-                self.blocks[:level],
-                self.device_of(site),
-                budget=self.config.budget,
-                lowrank_share=self.config.lowrank_share,
-                force=self.config.force,
-                mixing=self.config.vary_strides,
-                most_strides=256 if self.config.allocator == "proportional" else 48,
-            )
+            self._ways[key] = self._found(role, level, self.training)
         return self._ways[key]
+
+    def _found(self, role: str, level: int, training: bool) -> list[ways.Candidate]:
+        sites = self.free[role]
+        site = next((site for site in sites if site.trained), sites[0])  # one decision, though some may be frozen
+        return ways.candidates(
+            site,
+            self.blocks[:level],
+            self.device_of(site),
+            budget=self.config.budget,
+            lowrank_share=self.config.lowrank_share,
+            training=training,
+            force=self.config.force,
+            mixing=self.config.vary_strides,
+            most_strides=256 if self.config.allocator == "proportional" else 48,
+        )
 
     def _roles(self) -> list[Role]:
         roles = [self._role(role) for role in self.free]
@@ -235,6 +243,8 @@ class _Problem:
         finest = self.blocks[-1]
         if min(site.out_features, site.in_features) <= finest:
             return f"too small: its shorter side is one block of {finest}"
+        if self.training and self._found(role, len(self.blocks), training=False):
+            return f"projecting it in each step of training takes longer than {site.rows} rows gain; sparsify_ would not"
         return "no sparse form is predicted faster than dense"
 
 

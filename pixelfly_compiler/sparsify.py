@@ -261,8 +261,8 @@ def _plan(model: nn.Module, args: Any, kwargs: Mapping[str, Any] | None, config:
     found = capture(model, positional, kwargs)
     held_by = owners(model)
     sites = tuple(
-        replace(site, reason=site.reason or _why_dense(site, held_by.get(site.parameter, ()), untie))
-        for site in found.sites
+        replace(site, reason=site.reason or _why_dense(site, held_by.get(site.parameter, ()), untie), trained=False)
+        for site in found.sites  # factors are trained as they are: no step projects them
     )
     weights = dict(model.named_parameters()) if config.allocator == "error" else None
     config = config.replace(basis="svd")

@@ -77,7 +77,7 @@ def planned(*sites: Site, **options: Any) -> Plan:
 
 
 def small_plan(model: nn.Module | None = None, **options: Any) -> Plan:
-    return plan(model or Mlp(), torch.randn(64, 128), device=DEVICE, **options)
+    return plan(model or Mlp(), torch.randn(64, 128), device=DEVICE, training=False, **options)
 
 
 # ---- budget ----
@@ -201,11 +201,22 @@ def test_earlier_decisions_stand() -> None:
     assert again.kept <= 0.5
 
 
-def test_training_changes_predictions_and_no_decision() -> None:
-    found = Found((site(768, 768),), (), ())
-    trained, used = (make_plan(found, Config(), device=DEVICE, training=flag)["w"] for flag in (True, False))
-    assert trained.config == used.config
-    assert trained.speedup != used.speedup
+def test_a_step_of_training_must_pay_for_the_projection() -> None:
+    def decided(rows: int, *, trained: bool = True, training: bool = True) -> Entry:
+        found = Found((site(768, 768, rows=rows, trained=trained),), (), ())
+        return make_plan(found, Config(), device=DEVICE, training=training)["w"]
+
+    assert decided(4096).config == decided(4096, training=False).config != None
+    assert decided(4096).speedup != decided(4096, training=False).speedup
+    assert decided(32).reason == "projecting it in each step of training takes longer than 32 rows gain; sparsify_ would not"
+    assert decided(32, training=False).config and decided(32, trained=False).config  # P of a frozen weight runs once
+    assert decided(1).reason and decided(1, training=False).reason is None
+
+
+def test_frozen_and_trained_weights_of_one_role_share_a_decision() -> None:
+    sites = tuple(site(768, 768, rows=32, name=name, role="q", trained=name == "b") for name in "ab")
+    made = make_plan(Found(sites, (), ()), Config(), device=DEVICE, training=True)
+    assert made["a"].reason == made["b"].reason and "projecting it" in str(made["a"].reason)
 
 
 # ---- cost ----
@@ -249,7 +260,7 @@ def test_dense_time_meets_its_grid_and_grows_beyond_it() -> None:
 def test_projecting_in_every_step_pays_only_with_many_rows() -> None:
     speedups = []
     for rows in (16, 64, 1024, 4096):
-        one = site(3072, 768, rows=rows, dtype="bfloat16")
+        one = site(3072, 768, rows=rows, dtype="bfloat16", trained=True)
         sparse = cost.sparse_time(one, SiteConfig(64, 1, 48), DEVICE, training=True)
         speedups.append(cost.dense_time(one, DEVICE, training=True) / sparse)
     assert speedups == sorted(speedups)
