@@ -54,8 +54,8 @@ def candidates(
 ) -> list[Candidate]:
     """Every config that keeps less than all and is predicted faster than dense; with `force`, faster or not.
 
-    The prediction is for the forward pass, so that training and evaluation prefer the same; but with `training` there is
-    none unless a whole step is faster, too, with what comes nearest to the budget.
+    The prediction is for the forward pass, so that training and evaluation prefer the same; but with `training` there
+    is none unless a whole step is faster, too, with what comes nearest to the budget.
     `mixing`: rather smaller blocks than no stride beside the diagonal.
     """
     limit = float("inf") if force else dense_time(site, device) / MARGIN

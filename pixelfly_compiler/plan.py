@@ -42,8 +42,8 @@ def plan(
     """Decide for every weight of `model`, from one run of `model(*args, **kwargs)`; compiles and changes nothing.
 
     `args` is a tuple, or one tensor. `options` are those of `Config`: budget=0.25, allocator=, block_size=, ...
-    `device` holds the time model's constants; `training` (default: as the model is, and gradients are) decides for whole
-    steps of training, with the gradients and the projection of the weights, and runs the model with gradients on.
+    `device` holds the time model's constants; `training` (default: as the model is, where gradients are on) decides
+    for whole steps of training, with gradients and the projection of the weights, and runs with gradients on.
     """
     config, others = Config.from_options(options)
     if others:
@@ -244,7 +244,7 @@ class _Problem:
         if min(site.out_features, site.in_features) <= finest:
             return f"too small: its shorter side is one block of {finest}"
         if self.training and self._found(role, len(self.blocks), training=False):
-            return f"projecting it in each step of training takes longer than {site.rows} rows gain; sparsify_ would not"
+            return f"its projection costs a training step more than {site.rows} rows gain; sparsify_ has no such cost"
         return "no sparse form is predicted faster than dense"
 
 

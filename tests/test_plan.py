@@ -206,9 +206,9 @@ def test_a_step_of_training_must_pay_for_the_projection() -> None:
         found = Found((site(768, 768, rows=rows, trained=trained),), (), ())
         return make_plan(found, Config(), device=DEVICE, training=training)["w"]
 
-    assert decided(4096).config == decided(4096, training=False).config != None
+    assert decided(4096).config and decided(4096).config == decided(4096, training=False).config
     assert decided(4096).speedup != decided(4096, training=False).speedup
-    assert decided(32).reason == "projecting it in each step of training takes longer than 32 rows gain; sparsify_ would not"
+    assert "its projection costs a training step more than 32 rows gain" in str(decided(32).reason)
     assert decided(32, training=False).config and decided(32, trained=False).config  # P of a frozen weight runs once
     assert decided(1).reason and decided(1, training=False).reason is None
 
@@ -216,7 +216,7 @@ def test_a_step_of_training_must_pay_for_the_projection() -> None:
 def test_frozen_and_trained_weights_of_one_role_share_a_decision() -> None:
     sites = tuple(site(768, 768, rows=32, name=name, role="q", trained=name == "b") for name in "ab")
     made = make_plan(Found(sites, (), ()), Config(), device=DEVICE, training=True)
-    assert made["a"].reason == made["b"].reason and "projecting it" in str(made["a"].reason)
+    assert made["a"].reason == made["b"].reason and "its projection" in str(made["a"].reason)
 
 
 # ---- cost ----
