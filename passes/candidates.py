@@ -28,6 +28,7 @@ LOWRANK_SHARE = (1 / 4, 1 / 3)
 WIDER_SHARE = (1 / 6, 1 / 2)
 TOO_SMALL_SHARE = 0.6
 MARGIN = 1.1  # a site becomes sparse if it is predicted so many times faster: predictions err
+STEP_MARGIN = 1.2  # and those of steps of training more
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def candidates(
                     found.append(Candidate(config, total, time, bare + 4 * place + penalty))
     if training and found and not force:
         nearest = min(found, key=lambda way: abs(way.kept - budget * site.elements)).config
-        if sparse_time(site, nearest, device, training=True) >= dense_time(site, device, training=True) / MARGIN:
+        if sparse_time(site, nearest, device, training=True) >= dense_time(site, device, training=True) / STEP_MARGIN:
             return []
     return found
 

@@ -32,7 +32,7 @@ SPARSE_BYTES = SIZE * (SPARSE_PARAMS + M * (OUT + IN + 2 * RANK))
 # Training projects the weight in every step, and its gradient too, in fp32; each reads and writes about two dense
 # weights, and what it computes does not hide that.
 PROJECTION_FLOPS = 2 * (2 * OUT * IN * RANK)
-PROJECTION_BYTES = 2 * SIZE * 3 * OUT * IN
+PROJECTION_BYTES = 2 * 4 * 3 * OUT * IN
 
 
 @cache
@@ -98,7 +98,7 @@ class Device:
     bandwidth: float = 60e9
     packing: float = 42e-12  # seconds per byte of compact weight, which is put into another order for more rows
     overhead: float = 6e-6  # of a call: looking up the compact weight, checks of its tensors, waking threads
-    projection: float = 24.0  # overheads of a call that P and its adjoint take beside their flops and bytes
+    projection_calls: float = 24.0  # how many overheads P and its adjoint take beside their flops and bytes
     lowrank_overhead: float = 0.0  # of the product with v, where it is a kernel that has to be launched
     blocks: tuple[int, ...] = (64, 32, 16)  # block sizes in order of preference
 
@@ -181,4 +181,4 @@ def _projection_time(site: Site, config: SiteConfig, device: Device) -> float:
     """Of P and its adjoint, in a step of training: of all matrices, whichever the rows meet."""
     compute = evaluate(PROJECTION_FLOPS, site, config) / device.rate["float32"]
     memory = evaluate(PROJECTION_BYTES, site, config) / device.bandwidth
-    return site.matrices * (compute + memory) + device.projection * device.overhead
+    return site.matrices * (compute + memory) + device.projection_calls * device.overhead
