@@ -165,7 +165,9 @@ def _measure() -> Device:
     overhead = max(Device.overhead, OVERHEAD_CALLS * dense["float32"][0][0])
     rates = _kernel_rates(rate, _best_rate(dense["bfloat16"]))
     few_rows = _few_rows_rates(rates)
-    return Device(name, dense, rates, few_rows_rate=few_rows, bandwidth=bandwidth, overhead=overhead)
+    return Device(
+        name, dense, rates, few_rows_rate=few_rows, bandwidth=bandwidth, overhead=overhead, projection_rate=rate
+    )
 
 
 def _dense_grid(dtype: torch.dtype) -> Grid:

@@ -98,6 +98,7 @@ class Device:
     bandwidth: float = 60e9
     packing: float = 42e-12  # seconds per byte of compact weight, which is put into another order for more rows
     overhead: float = 6e-6  # of a call: looking up the compact weight, checks of its tensors, waking threads
+    projection_rate: float = 450e9  # of P and its adjoint, in fp32
     projection_calls: float = 24.0  # how many overheads P and its adjoint take beside their flops and bytes
     lowrank_overhead: float = 0.0  # of the product with v, where it is a kernel that has to be launched
     blocks: tuple[int, ...] = (64, 32, 16)  # block sizes in order of preference
@@ -122,6 +123,9 @@ def gpu_device(gpu: Gpu) -> Device:
         bandwidth=bandwidth,
         packing=0.0,
         overhead=3e-6,
+        # In tf32, three products for one; see `projection_launch`.
+        projection_rate=0.35 * (gpu.tf32_rate / 3 if gpu.backend == "cuda" else gpu.fp32_rate),
+        projection_calls=6.0,  # three launches each way; the process runs ahead of them
         lowrank_overhead=3e-6,
         blocks=(128, 64, 32),
     )
@@ -179,6 +183,6 @@ def _forward_time(site: Site, config: SiteConfig, device: Device) -> float:
 
 def _projection_time(site: Site, config: SiteConfig, device: Device) -> float:
     """Of P and its adjoint, in a step of training: of all matrices, whichever the rows meet."""
-    compute = evaluate(PROJECTION_FLOPS, site, config) / device.rate["float32"]
+    compute = evaluate(PROJECTION_FLOPS, site, config) / device.projection_rate
     memory = evaluate(PROJECTION_BYTES, site, config) / device.bandwidth
     return site.matrices * (compute + memory) + device.projection_calls * device.overhead
