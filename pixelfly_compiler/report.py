@@ -196,7 +196,11 @@ class Announcer:
     def nothing_sparse(self, plan: Plan) -> None:
         """A whole model stays dense."""
         if self._first_time("nothing" if not plan.entries else plan.digest):
-            reason = "; ".join(plan.notes) or "every site is dense, pixelfly_compiler.plan(model, args) says why"
+            sites = [entry for entry in plan.entries if entry.is_site]
+            reason = "; ".join(plan.notes)
+            if sites:
+                largest = max(sites, key=lambda entry: entry.dense_flops)
+                reason = f"{largest.name}: {largest.reason}. pixelfly_compiler.plan(model, args) lists all decisions."
             log.warning("pixelfly: nothing was made sparse: %s", reason)
 
     def used_otherwise(self, name: str, where: str, how: str) -> None:

@@ -30,6 +30,8 @@ from pixelfly_compiler.config import Config
 from pixelfly_compiler.decision import Plan
 from pixelfly_compiler.errors import OptionError, PlanMismatchError
 from pixelfly_compiler.kernels import lowering_cpu, projection_cpu
+from pixelfly_compiler.passes import calibration
+from pixelfly_compiler.passes.cost import Device
 from pixelfly_compiler.passes.find import find_sites
 from pixelfly_compiler.passes.sites import Found, Site
 from pixelfly_compiler.plan import plan, project, project_
@@ -1018,6 +1020,26 @@ def test_a_broken_model_without_sites_is_told_too(caplog: pytest.LogCaptureFixtu
         run(some_x())
     (text,) = warnings_of(caplog)
     assert "nothing was made sparse" in text
+
+
+@pytest.mark.parametrize("mode", ["trained", "evaluated", "without gradients", "frozen"])
+def test_steps_of_few_rows_stay_dense_where_they_train(
+    mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their projection would cost more than they gain. The plan says the same."""
+    monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
+    monkeypatch.setattr(calibration, "calibrate", Device)  # not what this machine is like
+    model, x = nn.Linear(768, 768).requires_grad_(mode != "frozen").train(mode != "evaluated"), torch.randn(16, 768)
+    with torch.set_grad_enabled(mode != "without gradients"):
+        made = plan(model, x)
+        result = torch.compile(model, backend="pixelfly")(x)
+    (text,) = warnings_of(caplog)
+    if mode == "trained":
+        assert not made.sparse and f"nothing was made sparse: weight: {made['weight'].reason}" in text
+        torch.testing.assert_close(result, model(x))
+    else:
+        assert made.sparse and "1 of 1 matmul weights run sparse" in text
+        torch.testing.assert_close(result, project_(model, made)(x))
 
 
 # ---- dtypes and devices without kernels ----
