@@ -16,8 +16,9 @@ from pixelfly_compiler.kernels.gpus import Gpu
 class LinearShape:
     """What decides the launch of `linear`: a hint of the rows, sizes, the block as (k, n), and the operands' bytes.
 
-    `exact` asks for IEEE fp32 products, which no tensor core computes. `epilogue`: see `epilogue_weight`; 1 is the
-    product alone. `tma`: the operands lie as tensor descriptors need them. `matrices`: so many, each with those rows.
+    `exact` asks for IEEE fp32 products, which no tensor core computes. `narrowing`: how often the outputs of a
+    thread, 64, are halved. `tma`: the operands lie as tensor descriptors need them. `matrices`: so many, each with
+    those rows.
     """
 
     rows: int
@@ -28,16 +29,9 @@ class LinearShape:
     rank: int
     itemsize: int
     exact: bool = False
-    epilogue: float = 1.0
+    narrowing: int = 0
     tma: bool = False
     matrices: int = 1
-
-    @property
-    def is_heavy(self) -> bool:
-        """Would 64 outputs a thread spill? Of `EPILOGUES` in tests/test_emit.py, on each NVIDIA architecture (Triton
-        3.7), 5.5 and 4.5 do; 4, of Mish's backward, just fits in 252 to 255 registers; 3.5 and less do not.
-        """
-        return self.epilogue > 3.5
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ class GradLaunch:
 
 def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
     """The default, then its variants, each once."""
-    default = _within(_LINEAR[gpu.family](shape), shape, gpu)
+    default = _linear_default(shape, gpu)
     if shape.rows <= 64 or shape.exact:
         others = [replace(default, stages=default.stages + 1), replace(default, warps=max(default.warps // 2, 1))]
     else:
@@ -129,8 +123,22 @@ def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
             replace(default, block_k=default.block_k * 2, stages=default.stages - 1),
             *_persistent(default, shape, gpu),
         ]
+    others += [_linear_default(replace(shape, narrowing=times), gpu) for times in (1, 2)]
     fitting = [launch for launch in others if _is_sound(launch, shape, gpu)]
     return list(dict.fromkeys([default, *fitting]))
+
+
+def narrowing_for(epilogue: float) -> int:
+    """How often the outputs of a thread are halved for an epilogue of this weight, so that no register is spilled.
+
+    Of `EPILOGUES` in tests/test_emit.py, on each NVIDIA architecture (Triton 3.7), those of 4 and more spill at 64
+    outputs, or just fit in 252 to 255 registers; those of 7 and more take 245 to 255 registers at 32.
+    """
+    return (epilogue > 3.5) + (epilogue > 6.5)
+
+
+def _linear_default(shape: LinearShape, gpu: Gpu) -> LinearLaunch:
+    return _within(_LINEAR[gpu.family](shape), shape, gpu)
 
 
 def _ampere(shape: LinearShape) -> LinearLaunch:
@@ -173,8 +181,10 @@ def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
     """What all families agree on: tiles as tall as the rows allow, small blocks side by side up to 64 outputs."""
     if shape.exact:
         most_m, most_n = min(most_m, 64), min(most_n, 64)
-    if shape.is_heavy:
+    if shape.narrowing:
         most_n = min(most_n, 64)
+    if shape.narrowing > 1:
+        most_m = min(most_m, 64)
     block_m = min(max(power_of_two(shape.rows), 16), most_m)
     block_n = min(shape.block_n, most_n)
     groups = max(64 // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
@@ -205,14 +215,14 @@ def _within(launch: LinearLaunch, shape: LinearShape, gpu: Gpu) -> LinearLaunch:
     """The launch for few rows spread over more programs, and with no more stages than fit."""
     if shape.exact:
         launch = replace(launch, warps=8)
-    if shape.is_heavy:
+    if shape.narrowing:
         launch = replace(launch, warps=max(launch.warps, 256 // gpu.warp))
     if shape.rows <= 64:
         launch = replace(launch, groups=1)
         outputs = shape.matrices * shape.out_features
         while launch.block_n > 16 and 2 * outputs < launch.block_n * gpu.multiprocessors:
             launch = replace(launch, block_n=launch.block_n // 2)
-        if launch.block_n <= 64 and not shape.exact:  # each thread loads 16 bytes at a time
+        if launch.block_n <= 64 and not shape.exact and shape.narrowing < 2:  # each thread loads 16 bytes at a time
             step = launch.block_k * min(launch.block_m, launch.block_n) * shape.itemsize
             launch = replace(launch, warps=min(launch.warps, 4, max(step // (16 * gpu.warp), 1)))
     while launch.block_r > 16 and launch.low_rank_memory(shape.itemsize, shape.rank) > _room(gpu):

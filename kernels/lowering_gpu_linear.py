@@ -19,12 +19,17 @@ from torch._inductor.lowering import lowerings as L  # isort: skip
 from torch._inductor.ir import FixedLayout, TensorBox
 from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._inductor.utils import sympy_product
-from torch._inductor.virtualized import V, ops
+from torch._inductor.virtualized import ops
 
 from pixelfly_compiler.kernels import reference
-from pixelfly_compiler.kernels.epilogue import epilogue_weight
 from pixelfly_compiler.kernels.gpus import gpu_of
-from pixelfly_compiler.kernels.heuristics_gpu import LinearLaunch, LinearShape, linear_launches, power_of_two
+from pixelfly_compiler.kernels.heuristics_gpu import (
+    LinearLaunch,
+    LinearShape,
+    linear_launches,
+    narrowing_for,
+    power_of_two,
+)
 from pixelfly_compiler.kernels.ir_inputs import are_int32, contiguous, empty, is_read, is_static, row_major
 from pixelfly_compiler.kernels.ops import DTYPES
 from pixelfly_compiler.kernels.reference import SupportIndex
@@ -213,12 +218,16 @@ def _products(
         rank,
         x.get_dtype().itemsize,
         exact=precision_of(x.get_dtype()) == "ieee",
-        epilogue=1.0 if whole else epilogue_weight(V.graph.current_node),
         tma=not matrices and is_ready_for_tma(*list(inputs.values())[:-1]),
         matrices=max(matrices, 1),
     )
-    variants = [_variant(constants, launch) for launch in linear_launches(shape, gpu_of(device))]
-    return by_template("whole" if whole else "linear", inputs, layout, variants, support, dense)
+
+    def variants(epilogue: float = 0.0) -> list[Variant]:
+        launches = linear_launches(replace(shape, narrowing=narrowing_for(epilogue)), gpu_of(device))
+        return [_variant(constants, launch) for launch in launches]
+
+    name = "whole" if whole else "linear"
+    return by_template(name, inputs, layout, variants(), support, dense, lambda epilogue: variants(epilogue)[0])
 
 
 def _variant(constants: dict[str, Any], launch: LinearLaunch) -> Variant:

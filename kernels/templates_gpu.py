@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch._inductor.utils import can_use_tma
 from torch._inductor.virtualized import V
 
 from pixelfly_compiler.kernels.compat import fuse_through_views, size_hint
+from pixelfly_compiler.kernels.epilogue import epilogue_weight
 from pixelfly_compiler.kernels.gpus import Gpu, gpu_of
 from pixelfly_compiler.kernels.heuristics_gpu import power_of_two
 from pixelfly_compiler.kernels.reference import SupportIndex
@@ -102,23 +104,27 @@ def by_template(
     variants: Sequence[Variant],
     support: SupportIndex | None = None,
     dense: Any = None,
+    fitted: Callable[[float], Variant] | None = None,
 ) -> TensorBox:
     """The output of operator `name` by its first variant, or by the fastest with autotuning.
 
-    `support`: the shape of the one in the inputs, if there is one.
+    `support`: the shape of the one in the inputs, if there is one. `fitted`: in place of the first variant, when it is
+    known what is fused behind it, that for this weight of the epilogue.
     """
     tuned = bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
     nodes = list(inputs.values())
-    choices: list[Any] = []
-    failure: Exception | None = None
-    for template, constants, warps, stages in variants if tuned else variants[:1]:
+
+    def append(choices: list[Any], variant: Variant) -> Exception | None:
+        template, constants, warps, stages = variant
         constants = constants | _backend_options(gpu_of(layout.device))
-        error = _template(template).maybe_append_choice(
+        return _template(template).maybe_append_choice(
             choices, input_nodes=tuple(nodes), layout=layout, num_warps=warps, num_stages=stages, **constants
         )
-        failure = failure or error
+
+    choices: list[Any] = []
+    failures = [append(choices, variant) for variant in (variants if tuned else variants[:1])]
     if not choices:
-        raise RuntimeError(f"no launch of the {name} kernel is valid") from failure
+        raise RuntimeError(f"no launch of the {name} kernel is valid") from next(filter(None, failures), None)
     if tuned and dense is not None:
         choices.append(dense)
     # What kernels read addresses from must be valid while they are timed.
@@ -128,7 +134,27 @@ def by_template(
     }
     made = {place: examples[key] for place, key in enumerate(inputs) if key in examples}
     chosen = autotune_select_algorithm(f"pixelfly_{name}", choices, nodes, layout, input_gen_fns=made)
-    return chosen[0] if isinstance(chosen, tuple) else chosen  # a pair since torch 2.12
+    y = chosen[0] if isinstance(chosen, tuple) else chosen  # a pair since torch 2.12
+    if fitted is not None and not tuned:
+        _fit_when_fused(y.data.data, variants[0], fitted, append)
+    return y
+
+
+def _fit_when_fused(
+    product: Any, first: Variant, fitted: Callable[[float], Variant], append: Callable[[list[Any], Variant], Any]
+) -> None:
+    """Inductor asks the output of a template for its kernel when it has fused what follows."""
+    render_first = product.make_kernel_render
+
+    def make_kernel_render(output: ir.Buffer, *args: Any, **kwargs: Any) -> Any:
+        variant, choices = fitted(epilogue_weight(output)), list[Any]()
+        if variant != first:
+            with patch.object(V.graph, "scheduler", None):  # it does not know the output that a choice is tried with
+                append(choices, variant)
+        render = choices[0].make_kernel_render if choices else render_first
+        return render(output, *args, **kwargs)
+
+    product.make_kernel_render = make_kernel_render
 
 
 def _example_index(shape: SupportIndex, index: ir.Buffer) -> Tensor:

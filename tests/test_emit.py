@@ -24,7 +24,13 @@ from pixelfly_compiler.errors import EmitError, OptionError, PlanError
 from pixelfly_compiler.kernels import ops
 from pixelfly_compiler.kernels.codegen_gpu import Code
 from pixelfly_compiler.kernels.gpus import KNOWN, Gpu, gpu_of, why_no_kernels
-from pixelfly_compiler.kernels.heuristics_gpu import GradShape, LinearShape, block_grad_launches, linear_launches
+from pixelfly_compiler.kernels.heuristics_gpu import (
+    GradShape,
+    LinearShape,
+    block_grad_launches,
+    linear_launches,
+    narrowing_for,
+)
 from pixelfly_compiler.kernels.projector import Projector
 from pixelfly_compiler.kernels.support import flat_butterfly
 from pixelfly_compiler.kernels.virtual_device import virtual_device
@@ -563,16 +569,18 @@ def test_nothing_remains_after_an_error() -> None:
 
 @needs_triton
 def test_compiled_graphs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelfly_compiler.kernels import lowering_gpu_linear
+    from torch._inductor.virtualized import V
 
-    graphs: list[weakref.ref[torch.fx.Graph]] = []
+    from pixelfly_compiler.kernels import templates_gpu
+
+    graphs: list[weakref.ref[Any]] = []
 
     def epilogue_weight(product: Any) -> float:
-        graphs.append(weakref.ref(product.graph))
+        graphs.append(weakref.ref(V.graph))
         return original(product)
 
-    original = lowering_gpu_linear.epilogue_weight
-    monkeypatch.setattr(lowering_gpu_linear, "epilogue_weight", epilogue_weight)
+    original = templates_gpu.epilogue_weight
+    monkeypatch.setattr(templates_gpu, "epilogue_weight", epilogue_weight)
     with_epilogue("cast", torch.bfloat16, "cuda:90")
     torch._dynamo.reset()
     gc.collect()
@@ -730,10 +738,14 @@ def test_fp32_and_few_rows(target: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90"])
 def test_tf32_fits_the_shared_memory(target: str) -> None:
+    from emitted import binaries
+
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         made = compiled.__wrapped__(target, torch.float32, 128, 4096, rank=128)
+        (affine,) = with_epilogue("affine", torch.float32, target)[:1]
+        made += binaries(affine, KNOWN[target]).values()
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
     for binary in made:
@@ -743,17 +755,28 @@ def test_tf32_fits_the_shared_memory(target: str) -> None:
 
 Layer = Callable[[Tensor], Tensor]
 gelu = nn.functional.gelu
+
+
+def to_experts(x: Tensor, layer: Layer) -> Tensor:
+    """A loop over experts: each row has one, and a bias."""
+    expert, bias = x.sum(-1, keepdim=True).long(), x.sum(0)
+    return sum((torch.where(expert == i, layer(x * i) + bias * i, 0.0) for i in range(4)), torch.zeros_like(x))
+
+
 # Products and what follows them: the weights of their epilogues, forward and then backward, where the input needs none.
 EPILOGUES: dict[str, tuple[Callable[[Tensor, Layer], Tensor], list[float]]] = {
     "gelu": (lambda x, layer: layer(gelu(layer(x))), [2.5, 1, 3]),  # the backward evaluates erf and exp again
     "residual": (lambda x, layer: x + layer(x), [2]),
     "cast": (lambda x, layer: layer(x).float(), [1]),
     "norm": (lambda x, layer: layer(nn.functional.layer_norm(layer(x), (512,))), [1, 1, 1]),
-    "dropout": (lambda x, layer: nn.functional.dropout(gelu(layer(x)), 0.1), [5.5]),
-    "geglu": (lambda x, layer: layer(gelu(layer(x), approximate="tanh") * layer(x.flip(1))), [1, 3.5, 1, 4.5]),
+    "dropout": (lambda x, layer: nn.functional.dropout(gelu(layer(x)), 0.1), [6.5]),
+    "geglu": (lambda x, layer: layer(gelu(layer(x), approximate="tanh") * layer(x.flip(1))), [3, 3.5, 1, 4.5]),
     "mish": (lambda x, layer: layer(nn.functional.mish(layer(x))), [3.5, 1, 4]),
+    "affine": (lambda x, layer: ((layer(x) - x[0]) * x[1] * x[2] + x[3]).relu(), [2]),
+    "sine": (lambda x, layer: layer(layer(x).sin()), [5, 1, 2]),
+    "experts": (to_experts, [1, 1, 1, 8]),
 }
-HEAVY = ["dropout", "geglu", "mish"]
+HEAVY = ["dropout", "geglu", "mish", "sine", "experts"]
 
 
 def with_epilogue(name: str, dtype: torch.dtype, target: str) -> list[Code]:
@@ -772,8 +795,8 @@ def with_epilogue(name: str, dtype: torch.dtype, target: str) -> list[Code]:
 
 @needs_triton
 @pytest.mark.parametrize("name", EPILOGUES)
-def test_what_will_be_fused_is_foreseen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixelfly_compiler.kernels import lowering_gpu_linear
+def test_what_is_fused_is_weighed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelfly_compiler.kernels import templates_gpu
 
     weights: list[float] = []
 
@@ -781,19 +804,22 @@ def test_what_will_be_fused_is_foreseen(name: str, monkeypatch: pytest.MonkeyPat
         weights.append(found := original(product))
         return found
 
-    original = lowering_gpu_linear.epilogue_weight
-    monkeypatch.setattr(lowering_gpu_linear, "epilogue_weight", epilogue_weight)
+    original = templates_gpu.epilogue_weight
+    monkeypatch.setattr(templates_gpu, "epilogue_weight", epilogue_weight)
     with_epilogue(name, torch.bfloat16, "cuda:90")
     assert weights == EPILOGUES[name][1]
 
 
 @pytest.mark.parametrize("gpu", KNOWN.values(), ids=lambda gpu: gpu.target)
+@pytest.mark.parametrize("rows", [64, 4096])
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_only_heavy_epilogues_make_tiles_narrower(gpu: Gpu, size: int) -> None:
-    shape = LinearShape(4096, 1024, 4096, size, size, 64, 2)
-    light, heavy = (linear_launches(replace(shape, epilogue=weight), gpu)[0] for weight in (3.5, 4.0))
-    assert light == linear_launches(shape, gpu)[0]
-    assert heavy.block_m * heavy.block_n * heavy.groups <= 32 * heavy.warps * gpu.warp
+def test_only_heavy_epilogues_make_tiles_narrower(gpu: Gpu, rows: int, size: int) -> None:
+    shape = LinearShape(rows, 1024, 4096, size, size, 64, 2)
+    assert [narrowing_for(weight) for weight in (3.5, 4.0, 6.5, 7.0)] == [0, 1, 1, 2]
+    for narrowing in (1, 2):
+        launch = linear_launches(replace(shape, narrowing=narrowing), gpu)[0]
+        outputs = launch.block_m * launch.block_n * launch.groups // (launch.warps * gpu.warp)
+        assert outputs <= 64 >> narrowing and launch in linear_launches(shape, gpu)
 
 
 @needs_triton
@@ -803,7 +829,9 @@ def test_heavy_epilogues_do_not_spill(name: str, target: str) -> None:
     from emitted import binaries
 
     for code in with_epilogue(name, torch.bfloat16, target):
-        fused = {kernel: nodes for kernel, nodes in code.nodes.items() if re.search("dropout|gelu|mish", kernel)}
+        fused = {
+            kernel: nodes for kernel, nodes in code.nodes.items() if re.search("dropout|gelu|mish|sin|where", kernel)
+        }
         for binary in binaries(replace(code, nodes=fused), KNOWN[target]).values():
             check_resources(binary, KNOWN[target])
             assert binary.tensor_core.get(TENSOR_CORES[target])
