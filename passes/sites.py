@@ -148,10 +148,12 @@ class Skipped:
 class Found:
     """What `find_sites` returns: sites, the matmuls of the eligible ones, and the parameters passed over.
 
-    `differentiates`: of a whole model, if it runs only with gradients on.
+    `differentiates`: of a whole model, if it runs only with gradients on. `second_derivatives`: if it asks
+    for gradients that can be differentiated again.
     """
 
     sites: tuple[Site, ...]
     matches: tuple[Match, ...]
     skipped: tuple[Skipped, ...]
     differentiates: bool = False
+    second_derivatives: bool = False

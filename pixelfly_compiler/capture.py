@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -84,12 +85,27 @@ def capture(
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise PlanError("the model is TorchScript, which Dynamo does not look into", next_step="give the nn.Module")
-    records, grad = _recorded(model, args, kwargs, training)
+    with _gradients_asked_for() as asked:
+        records, grad = _recorded(model, args, kwargs, training)
     found = [find_sites(gm, inputs, parameter_names_by_identity(gm, inputs, model)) for gm, inputs in records]
     named = with_aliases(merge(found), aliases(model))
     named = _with_namesakes(named, namesakes(records, model))
     listed = _with_the_unseen(_with_unseen_lookups(named, model), model)
-    return replace(listed, differentiates=grad and not training)
+    return replace(listed, differentiates=grad and not training, second_derivatives=any(asked))
+
+
+@contextmanager
+def _gradients_asked_for() -> Iterator[list[bool]]:
+    """Of each time that the forward asks for gradients: if these can be differentiated again."""
+    asked: list[bool] = []
+    original: Any = vars(torch.autograd)["_engine_run_backward"]  # private; `grad` and `backward` both end there
+
+    def run(outputs: Any, gradients: Any, retain: Any, create_graph: bool, *args: Any, **kwargs: Any) -> Any:
+        asked.append(create_graph)
+        return original(outputs, gradients, retain, create_graph, *args, **kwargs)
+
+    with patch.object(torch.autograd, "_engine_run_backward", run):
+        yield asked
 
 
 def _recorded(

@@ -96,6 +96,9 @@ def make_plan(
     entries += [_skipped_entry(item) for item in found.skipped]
     if names:
         notes += config.why_unmatched(names)
+    if training and found.second_derivatives:
+        asked = "the forward asks for gradients that are to be differentiated again (create_graph=True)"
+        notes.append(f"{asked}: torch.compile has no second derivatives, and a step of training raises")
     if not found.sites:
         notes.append("no site: no matmul here has a parameter as its weight, so everything runs dense")
     return Plan(tuple(entries), config.budget, config.allocator, config.basis, training, tuple(notes))

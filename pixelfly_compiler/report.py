@@ -60,8 +60,8 @@ def render_emission(emission: Emission) -> str:
     without = [entry.name for entry in emission.plan.sparse if entry.name not in served]
     if without:
         console.print(
-            f"No kernel serves {_common_name(without)} ({len(without)}), though the plan makes it sparse: its graph "
-            "could not be compiled, as TORCH_LOGS=graph_breaks tells."
+            f"No kernel serves {_common_name(without)} ({len(without)}), though the plan makes it sparse: nothing uses "
+            "its result, or its graph could not be compiled, as TORCH_LOGS=graph_breaks tells."
         )
     elif not served:
         console.print(

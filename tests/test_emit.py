@@ -259,7 +259,7 @@ class Forces(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        return -torch.autograd.grad(self.layers(x).square().sum(), x)[0]
+        return -torch.autograd.grad(self.layers(x).square().sum(), x, create_graph=self.training)[0]
 
 
 @needs_triton
@@ -268,6 +268,13 @@ def test_a_forward_that_differentiates_gets_its_gradients(tmp_path: Path) -> Non
     served = {(kernel.graph[:-2], site) for kernel in emission.kernels for site in kernel.sites}
     weights = ("layers.0.weight", "layers.2.weight")
     assert served == {(graph, weight) for graph in ("forward", "backward") for weight in weights}
+
+
+def test_second_derivatives_are_missed_in_training_alone() -> None:
+    model, x = Forces(), torch.randn(64, 64)
+    notes = [pixelfly_compiler.plan(model, x, training=training).notes for training in (False, True)]
+    assert ["second derivatives" in str(each) for each in notes] == [False, True]
+    assert "second derivatives" not in str(pixelfly_compiler.plan(model.eval(), x, training=True).notes)
 
 
 @needs_triton
