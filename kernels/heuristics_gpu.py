@@ -123,7 +123,7 @@ def linear_launches(shape: LinearShape, gpu: Gpu) -> list[LinearLaunch]:
             replace(default, block_k=default.block_k * 2, stages=default.stages - 1),
             *_persistent(default, shape, gpu),
         ]
-    others += [_linear_default(replace(shape, narrowing=times), gpu) for times in (1, 2)]
+    others += [_linear_default(replace(shape, narrowing=times), gpu) for times in (1, 2, 3)]
     fitting = [launch for launch in others if _is_sound(launch, shape, gpu)]
     return list(dict.fromkeys([default, *fitting]))
 
@@ -132,9 +132,10 @@ def narrowing_for(epilogue: float) -> int:
     """How often the outputs of a thread are halved for an epilogue of this weight, so that no register is spilled.
 
     Of `EPILOGUES` in tests/test_emit.py, on each NVIDIA architecture (Triton 3.7), those of 4 and more spill at 64
-    outputs, or just fit in 252 to 255 registers; those of 7 and more take 245 to 255 registers at 32.
+    outputs, or just fit in 252 to 255 registers; those of 7 and more take 245 to 255 registers at 32, those of 11 and
+    more up to 228 at 16, and of 20 and more they spill.
     """
-    return (epilogue > 3.5) + (epilogue > 6.5)
+    return sum(epilogue > most for most in (3.5, 6.5, 10.0, 20.0))
 
 
 def _linear_default(shape: LinearShape, gpu: Gpu) -> LinearLaunch:
@@ -181,13 +182,14 @@ def _common(shape: LinearShape, most_m: int, most_n: int) -> LinearLaunch:
     """What all families agree on: tiles as tall as the rows allow, small blocks side by side up to 64 outputs."""
     if shape.exact:
         most_m, most_n = min(most_m, 64), min(most_n, 64)
+    wide = 64 >> max(shape.narrowing - 2, 0)
     if shape.narrowing:
-        most_n = min(most_n, 64)
+        most_n = min(most_n, wide)
     if shape.narrowing > 1:
         most_m = min(most_m, 64)
     block_m = min(max(power_of_two(shape.rows), 16), most_m)
     block_n = min(shape.block_n, most_n)
-    groups = max(64 // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
+    groups = max(wide // block_n, 1) if block_n == shape.block_n and shape.out_features > block_n else 1
     block_r = min(max(power_of_two(shape.rank), 16), 64)
     return LinearLaunch(block_m, block_n, groups, 32, block_r, 8, 4, 3)
 
