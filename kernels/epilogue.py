@@ -22,12 +22,13 @@ _FUNCTIONS = {
 
 def epilogue_weight(product: Any) -> float:
     """The registers that the epilogue of the product, a template's output, asks for, per output of it: one for each
-    value that it reads or stores, two for one of 8 bytes; and those of functions.
+    value that it reads or stores, two for one of 8 bytes; half of one for a product in fp32; and those of functions.
     """
     fused = V.graph.scheduler.name_to_fused_node[product.get_operation_name()]
     epilogue = [node for node in fused.get_nodes() if node.node is not product]
     reads = {read for node in epilogue for read in node.read_writes.reads if read.name not in fused.get_buffer_names()}
-    return _stored(fused) + sum(map(_registers, reads)) + _evaluated(epilogue)
+    kept = product.get_dtype().itemsize // 4 * 0.5
+    return kept + _stored(fused) + sum(map(_registers, reads)) + _evaluated(epilogue)
 
 
 def _stored(fused: Any) -> int:
