@@ -49,14 +49,17 @@ def _library(dense: torch.dtype, part: torch.dtype) -> Any | None:
 
 @lru_cache(maxsize=16)
 def _compiling(dense: torch.dtype, part: torch.dtype) -> Callable[[], Any]:
-    """Begin to compile the library, beside what Inductor compiles; the result waits for it."""
-    from torch._inductor.async_compile import AsyncCompile  # heavy to import, and only needed here
+    """Begin to compile the library, beside what Inductor compiles; the result waits for it, or, with one thread,
+    compiles it: `submit` would do so at once, under a lock that `load_async` holds meanwhile.
+    """
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads  # heavy to import, and only needed here
     from torch._inductor.codecache import CppCodeCache
 
     source = (Path(__file__).parent / "templates" / "project.cpp.jinja").read_text()
     code = jinja2.Template(source).render(dense=_C_TYPES[dense], part=_C_TYPES[part])
+    submit = AsyncCompile.submit if get_compile_threads() > 1 else None
     try:
-        result: Callable[[], Any] = CppCodeCache.load_async(code, submit_fn=AsyncCompile.submit)
+        result: Callable[[], Any] = CppCodeCache.load_async(code, submit_fn=submit)
     except Exception as cause:
         failed: Future[Any] = Future()
         failed.set_exception(cause)

@@ -53,6 +53,11 @@ def test_what_has_no_kernel_runs_the_plain_version(dtype: torch.dtype, rank: int
     assert projector.adjoint(blocks, u, weight).shape == weight.shape
 
 
+def forget() -> None:
+    projection_cpu._library.cache_clear()
+    projection_cpu._compiling.cache_clear()
+
+
 def test_without_a_compiler_the_plain_version_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -61,10 +66,6 @@ def test_without_a_compiler_the_plain_version_runs(
     def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no compiler here")
 
-    def forget() -> None:
-        projection_cpu._library.cache_clear()
-        projection_cpu._compiling.cache_clear()
-
     monkeypatch.setattr(CppCodeCache, "load_async", broken)
     forget()
     projector, weight = Projector.of(flat_butterfly(64, 96, 16, 1), 16, CPU), torch.randn(64, 96)
@@ -72,4 +73,25 @@ def test_without_a_compiler_the_plain_version_runs(
     blocks, u = projector.project(weight, torch.float32)
     assert blocks.isfinite().all() and u.isfinite().all()
     assert "no compiler here" in caplog.text
+    forget()
+
+
+def test_one_thread_waits_for_no_lock_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import codecache, config
+
+    built: list[object] = []
+
+    class Recorded(codecache.CppBuilder):
+        def build(self) -> None:
+            built.append(self)
+
+    monkeypatch.setattr(codecache, "CppBuilder", Recorded)
+    monkeypatch.setattr(codecache.CppCodeCache, "cache", {})
+    monkeypatch.setattr(codecache, "LOCK_TIMEOUT", 0.1)
+    forget()
+    projector, weight = Projector.of(flat_butterfly(64, 96, 16, 1), 16, CPU), torch.randn(64, 96).half()
+    with config.patch(compile_threads=1):
+        projector.prepare(weight, torch.bfloat16)  # of types that no other test compiles
+        blocks, _ = projector.project(weight, torch.bfloat16)
+    assert built and blocks.isfinite().all()
     forget()
