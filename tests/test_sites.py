@@ -340,6 +340,11 @@ def test_a_matmul_into_a_tensor_that_is_there_is_no_site(function: Callable[...,
     assert found.sites == () and "writes its result to a tensor" in found.skipped[0].reason
 
 
+def test_a_matmul_whose_result_nothing_uses_is_no_site_and_told_so() -> None:
+    (found,) = found_in(OneWeight(lambda x, w, b: (F.linear(x, w), x * 2)[1], 48, 32), X)
+    assert found.sites == () and "nothing uses" in found.skipped[0].reason and found.skipped[0].flops
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "function",
