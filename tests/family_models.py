@@ -29,6 +29,7 @@ EVALUATED = (
     "mobilenet_v2",
     "mobilevit",
     "mobilevitv2",
+    "resnet",
     "swiftformer",
     "textnet",
     "upernet",
@@ -136,7 +137,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 99}},
     "clap": {"audio_config": {"spec_size": 128, "num_mel_bins": 64, "hidden_size": 512}},
     "csm": {"num_codebooks": 4, "codec_config": {"upsample_groups": 64}},
-    "cvt": {"patch_sizes": [7, 3, 3], "depth": [1, 2, 3]},
+    "cvt": {"depth": [1, 2, 3]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "depth_anything": {
@@ -194,8 +195,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "patchtsmixer": {"d_model": 64},
     "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 1},
     "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
-    "poolformer": {"patch_sizes": [7, 3, 3, 3]},
-    "pvt": {"patch_sizes": [4, 2, 2, 2]},
     "reformer": {
         "axial_pos_embds_dim": [32, 32],
         "axial_pos_shape": [3, 4],
@@ -352,7 +351,7 @@ def _small(name: str, value: Any) -> Any:
         return UNSET.get(name)
     if isinstance(value, float) and ("drop" in name or name == "mask_time_prob"):
         return 0.0
-    if "kernel" in name:
+    if "kernel" in name or name == "patch_sizes":  # of convolutions
         return value
     if isinstance(value, tuple | list) and value and all(type(item) is int for item in value):
         size = _matching(name.removesuffix("_per_stage"), STAGES)
