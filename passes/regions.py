@@ -212,7 +212,7 @@ class Region:
         first = _unravel(self.offset, shape)
         last = list(first)
         for size, stride in zip(self.size, self.stride, strict=True):
-            last = [index + (size - 1) * step for index, step in zip(last, _unravel(stride, shape), strict=True)]
+            last = [index + more for index, more in zip(last, _reach(size, stride, shape), strict=True)]
         if any(index >= size for index, size in zip(last, shape, strict=True)):
             end = self.offset + sum((size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True))
             return _lines(first, _unravel(end, shape), shape)
@@ -235,6 +235,17 @@ class Region:
         while texts and texts[-1] == ":":
             texts.pop()
         return f"[{', '.join(texts)}]" if texts else ""
+
+
+def _reach(size: int, stride: int, shape: Sequence[int]) -> list[int]:
+    """How far so many equal steps go in each dimension."""
+    taken = _taken(size, stride, shape)
+    if taken is None:
+        return [(size - 1) * step for step in _unravel(stride, shape)]
+    reach = [0] * len(shape)
+    for place, count, step in taken:
+        reach[place] += (count - 1) * step
+    return reach
 
 
 def _lines(first: Sequence[int], last: Sequence[int], shape: Sequence[int]) -> tuple[range, ...]:

@@ -561,6 +561,12 @@ def test_parts_of_a_weight_are_sites_named_as_python_indexes_them() -> None:
     assert {site.parameter for site in found.sites} == {"w"}
 
 
+def test_a_part_of_each_of_several_matrices_that_fold_to_one_is_a_site() -> None:
+    model = OneWeight(lambda x, w, b: torch.einsum("bsk,hnk->bshn", x, w[..., 16:48]), 2, 24, 64)
+    (found,) = found_in(model, X)
+    assert [(site.name, site.out_features, site.reason) for site in found.sites] == [("w[:, :, 16:48]", 48, None)]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
 def test_a_region_lies_in_its_box(data: st.DataObject, shape: list[int]) -> None:
