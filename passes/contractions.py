@@ -119,12 +119,14 @@ def contraction(
     ]
     wide = {letter: sizes[letter] for letter in of_both if letter not in (*single, *met_by_all)}
     wide = {letter: n for letter, n in wide.items() if is_one(of_x_sizes[letter]) and not is_one(n)}
-    if any(not isinstance(n, int) for n in wide.values()):
+    picked = [letter for letter, n in wide.items() if not isinstance(n, int)]
+    if any(_is_expanded(weight, of_weight.index(letter)) for letter in picked):
         return None
+    repeats = {letter: n for letter, n in wide.items() if letter not in picked}
     ready = partial(
         _ready,
         missing=missing,
-        sizes=[wide.get(letter, -1) for letter in of_x] if wide else [],
+        sizes=[repeats.get(letter, -1) for letter in of_x] if repeats else [],
         dropped=[of_x.index(letter) for letter in met_by_all],
     )
     kept = partial(_first_of, dims=[of_weight.index(letter) for letter in single])
@@ -143,6 +145,7 @@ def contraction(
         matrix=partial(_then, first=kept, step=product.matrix),
         enter=partial(_then, first=ready, step=product.enter),
         apart=apart if met_by_all else None,
+        once=bool(picked),
     )
 
 

@@ -52,7 +52,7 @@ def selected(operands: Operands, selection: Selection, matrix: Layout) -> Operan
     if is_list:
         return replace(
             operands,
-            enter=partial(_sorted, enter=operands.enter, matrices=selection.count),
+            enter=partial(_sorted, enter=operands.enter, matrices=selection.count, once=operands.once),
             leave=partial(_unsorted, leave=operands.leave, matrices=selection.count),
             given=(selection.index,),
             ends=partial(_ends_by_index, matrices=selection.count, width=matrix.shape[-1]),
@@ -78,8 +78,9 @@ def _all_in_one(x: Any, index: Any, matrices: int, width: int) -> Any:
     return ((numbers > index.remainder(matrices)) * (x.numel() // width)).to(torch.int32)
 
 
-def _sorted(x: Any, index: Any, enter: Step, matrices: int) -> Any:
-    return enter(x).index_select(0, _order(index, matrices))
+def _sorted(x: Any, index: Any, enter: Step, matrices: int, once: bool) -> Any:
+    order = _order(index, matrices)
+    return enter(x).index_select(0, order * 0 if once else order)
 
 
 def _unsorted(y: Any, index: Any, leave: Step, matrices: int) -> Any:

@@ -42,7 +42,8 @@ class Operands:
 
     `given` are nodes that `enter`, `leave` and `ends` take behind the tensor. `ends(enter(x, *given), *given)` is
     (matrices,) int32; without it each matrix meets as many rows. `apart`, if there is one: the same, where several
-    matrices are joined to one since all rows meet them, without joining them.
+    matrices are joined to one since all rows meet them, without joining them. `once`: x has the rows once that meet each
+    matrix, and only an index knows how many it picks.
     """
 
     x: object
@@ -55,6 +56,7 @@ class Operands:
     given: tuple[Node, ...] = ()
     ends: Step | None = None
     apart: Callable[[], Operands | None] | None = None
+    once: bool = False
 
 
 def arguments(node: Node, names: Sequence[str]) -> list[Any]:

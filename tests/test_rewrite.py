@@ -151,9 +151,12 @@ def test_each_form_becomes_one_operator_and_means_the_projected_weight(form: str
         (lambda x, w: torch.einsum("bk,bkn->bn", x, w), torch.randn(6, 32)),
         (lambda x, w: x @ w, torch.randn(2, 6, 5, 32)),
         (lambda x, w: torch.bmm(x[:, None], w), torch.randn(6, 32)),
+        (lambda x, w: x[:1] @ w, torch.randn(2, 5, 32)),
+        (lambda x, w: torch.einsum("bsk,bkn->bsn", x[:1], w), torch.randn(2, 5, 32)),
     ],
 )
-def test_matrices_that_an_index_gathers(function: Callable[..., Tensor], x: Tensor) -> None:
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_matrices_that_an_index_gathers(function: Callable[..., Tensor], x: Tensor, dynamic: bool | None) -> None:
     """Negative indices count from the end."""
     index = torch.tensor([2, 0, -1, 1, -3, 1])
 
@@ -166,7 +169,7 @@ def test_matrices_that_an_index_gathers(function: Callable[..., Tensor], x: Tens
             return function(x, self.w[index])
 
     model = Gathered()
-    result = rewritten(model, x, index)
+    result = rewritten(model, x, index, dynamic=dynamic)
     entry = Entry("w", (3, 32, 48), 48, 32, True, config=CONFIG, matrices=3)
     assert result.count() == 1
     exact = function(x, project(model.w.detach(), entry)[index])
