@@ -127,7 +127,9 @@ def _add_flops(
             known.write(node, origin, is_data)
         if (inside := _bodies(module, node)) is not None:
             for body in inside.bodies:
-                _add_flops(body, known.inside(body, inside.operands), matched, hidden, flops, times * inside.times)
+                _add_flops(
+                    body, known.inside(body, inside.operands), matched, hidden, flops, times * hint(inside.times)
+                )
         elif node not in matched and (counted := origin or rows) is not None:
             flops[counted] += times * flops_of(node, hidden)
 

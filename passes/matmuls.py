@@ -61,7 +61,7 @@ def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match |
     region = Region.of(matrix)
     out_features, in_features = matrix.shape[-2:]
     bias, addend = (term if isinstance(term, Node) else None for term in (operands.bias, operands.addend))
-    sizes = (*scopes.hidden.get(use.user, ()), *out.shape)
+    sizes = (use.times, *scopes.hidden.get(use.user, ()), *out.shape)
     return Match(
         site=name + region.label(shape),
         parameter=name,
@@ -77,8 +77,8 @@ def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match |
         matrices=matrix.shape[0] if len(matrix.dims) == 3 else None,
         bias=bias,
         addend=addend,
-        rows=use.times * math.prod(map(hint, sizes)) // max(out_features, 1),
-        rows_expr=str(use.times * sympy.prod(list(map(_expression, sizes))) / max(out_features, 1)),
+        rows=math.prod(map(hint, sizes)) // max(out_features, 1),
+        rows_expr=str(sympy.prod(list(map(_expression, sizes))) / max(out_features, 1)),
         dtype=out.dtype,
     )
 

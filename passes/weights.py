@@ -139,7 +139,7 @@ class Use:
     operand: Node
     view: Tensor
     origin: Layout | None = None
-    times: int = 1
+    times: int | torch.SymInt = 1
     selection: Selection | None = None
 
     @property
@@ -388,12 +388,12 @@ class SubGraphs:
     """The bodies that a higher-order operator runs. `operands` are what each of their placeholders stands for, in
     order; None for what a body does not get as it is: a value that a loop carries, or a slice.
 
-    A body runs `times` times, 1 where that depends on data.
+    A body runs `times` times, 1 where only data knows.
     """
 
     bodies: tuple[GraphModule, ...]
     operands: tuple[object, ...]
-    times: int = 1
+    times: int | torch.SymInt = 1
 
     def carrying(self, node: Node) -> Iterator[tuple[GraphModule, Node]]:
         """Every body with its placeholder for `node`."""
@@ -442,7 +442,7 @@ def sub_graphs(module: GraphModule, node: Node) -> SubGraphs | None:
     changing = [None for place in layout.changing for _ in _listed(node, place)]
     sliced = _listed(node, _SLICED[name]) if name in _SLICED else ()
     value = value_of(sliced[0]) if sliced else None
-    times = 1 if value is None or not isinstance(value.shape[0], int) else value.shape[0]
+    times = 1 if value is None else value.shape[0]
     return SubGraphs(found, (*changing, *_listed(node, layout.plain)), times)
 
 
