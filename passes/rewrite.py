@@ -127,17 +127,20 @@ def put_linear(match: Match, blocks: Argument, u: Argument, v: Argument, index: 
 
 
 def _order_in_memory(match: Match) -> list[int] | None:
-    """The node's dimensions by their strides, the largest first; None where ours has them in the same order."""
+    """The node's dimensions by their strides, the largest first; None where ours has them in the same order. Those that
+    are 1 wide come first: `cond` refuses a result where one lies in memory between two that are flattened.
+    """
     value, operands = value_of(match.node), match.operands
     if value is None or operands.leave is same:
         return None
     given = [_sketch(node) for node in operands.given]
     entered = operands.enter(_sketch(match.x), *given)
     ours = operands.leave(entered.new_empty(*entered.shape[:-1], match.out_features), *given)
-    wide = [dim for dim, size in enumerate(ours.shape) if size != 1]
-    strides = [hint(stride) for stride in value.stride()]
-    order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
-    return None if [dim for dim in order if dim in wide] == sorted(wide, key=lambda dim: -ours.stride(dim)) else order
+    narrow = [dim for dim, size in enumerate(ours.shape) if size == 1]
+    wide = [dim for dim in range(ours.dim()) if dim not in narrow]
+    strides = list(map(hint, value.stride()))
+    order = sorted(wide, key=lambda dim: -strides[dim])
+    return None if order == sorted(wide, key=lambda dim: -ours.stride(dim)) else narrow + order
 
 
 def _sketch(node: Node) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +14,11 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._higher_order_ops.map import map as map_
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.fx import GraphModule
 
 from pixelfly_compiler import backend
+from pixelfly_compiler.passes.find import find_sites
+from pixelfly_compiler.passes.sites import Site
 from pixelfly_compiler.plan import plan, project, project_
 
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True}
@@ -103,9 +106,33 @@ def test_a_loop_without_gradients_is_entered() -> None:
         torch.testing.assert_close(ours, project_(copy.deepcopy(model), made)(x), rtol=1e-4, atol=1e-5)
 
 
-def test_rows_count_each_run_of_a_loop() -> None:
-    made = plan(Recurrent(), torch.randn(5, 8, 64), **OPTIONS)
-    assert made["a.weight"].rows == made["b.weight"].rows == 40
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_rows_count_each_run_of_a_loop(dynamic: bool) -> None:
+    sites: list[Site] = []
+
+    def look(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites.extend(find_sites(gm, inputs).sites)
+        return gm.forward
+
+    torch.compile(Each(), backend=look, dynamic=dynamic)(torch.randn(5, 8, 64))
+    assert [site.rows for site in sites] == [40, 40]
+    assert all(("s" in site.rows_expr) == dynamic for site in sites)
+
+
+def test_a_result_of_a_branch_with_a_batch_of_one() -> None:
+    class Heads(Layers):
+        def forward(self, x: Tensor) -> Tensor:
+            def heads(x: Tensor) -> Tensor:
+                y = torch.einsum("hnk,bsk->bhsn", self.a.weight.view(2, 32, 64), x)
+                return y.transpose(1, 2).flatten(2)
+
+            return torch.cond(x.sum() > 0, heads, lambda x: -heads(x), (x,))
+
+    model, x = Heads(), torch.rand(1, 4, 64)
+    made = plan(model, x, **OPTIONS)
+    ours = torch.compile(model, backend="pixelfly", options=OPTIONS)(x)
+    assert made["a.weight"].config is not None
+    torch.testing.assert_close(ours, project_(model, made)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_a_loop_slices_stays_dense_with_the_reason() -> None:
