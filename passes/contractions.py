@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from pixelfly_compiler.passes.operands import Operands, Step, arguments, is_one, shape_of
-from pixelfly_compiler.passes.weights import is_call, value_of
+from pixelfly_compiler.passes.operands import Operands, Step, is_one, shape_of
+from pixelfly_compiler.passes.weights import arguments, is_call, value_of
 
 
 def einsum(node: Node, operand: Node) -> Operands | None:
@@ -187,7 +187,7 @@ def _is_added(x: object, dim: int) -> bool:
         place -= dims if place >= 0 else 0
         return place == dim or _is_added(source, dim + 1 if dim < place else dim)
     if is_call(x, (torch.broadcast_to,), "expand", "broadcast_to"):
-        return _is_added(x.args[0], dim)
+        return _is_added(arguments(x, ("input",))[0], dim)
     if is_call(x, (operator.getitem,)) and isinstance(x.args[0], Node):
         items = list(x.args[1]) if isinstance(x.args[1], tuple) else [x.args[1]]
         if any(item not in (None, ..., slice(None)) for item in items):

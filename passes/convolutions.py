@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from pixelfly_compiler.passes.operands import Operands, Step, arguments, of_first, shape_of
-from pixelfly_compiler.passes.weights import is_call
+from pixelfly_compiler.passes.operands import Operands, Step, of_first, shape_of
+from pixelfly_compiler.passes.weights import arguments, is_call
 
 
 def convolution(node: Node, operand: Node) -> Operands | None:

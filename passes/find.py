@@ -52,11 +52,7 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
         if node.name in names and isinstance(value, torch.Tensor)
     }
     scopes = Scopes.of(gm)
-    weights = {
-        node: _Weight(gm, node, value, names[node.name], scopes)
-        for node, value in parameters.items()
-        if value.dim() >= 2
-    }
+    weights = {node: _Weight(gm, node, value, names[node.name], scopes) for node, value in parameters.items()}
     _settle_products_of_two(weights.values())
     matches = [match for weight in weights.values() for match in weight.matches]
     stored = [*parameters, *_buffers(gm, example_inputs)]
@@ -73,7 +69,7 @@ def find_sites(gm: GraphModule, example_inputs: Sequence[object], names: Mapping
     skipped = [
         weight.skipped(flops[node], any(use.user in multiplied for use in weight.others))
         for node, weight in weights.items()
-        if not weight.matches
+        if not weight.matches and (weight.value.dim() >= 2 or flops[node])
     ]
     return Found(tuple(sites), tuple(match for match in matches if match.site in eligible), tuple(skipped))
 

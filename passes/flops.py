@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from pixelfly_compiler.passes.scopes import Hidden
 from pixelfly_compiler.passes.weights import (
     SubGraphs,
+    arguments,
     called,
     is_call,
     is_cast,
@@ -39,7 +40,8 @@ def other_flops(
     """Weight -> flops of the operations with it, with rows of it that an index picks, or with what is computed from
     weights alone, that no match covers.
 
-    `weights` are all parameters and buffers; those that are True (not biases) are the ones to put the flops to.
+    `weights` are all parameters, which are True, and buffers. Of several parameters that something is computed from,
+    the largest has the flops.
     """
     flops = {weight: 0 for weight, counts in weights.items() if counts}
     _add_flops(gm, _Known({w: w if counts else None for w, counts in weights.items()}), matched, hidden, flops)
@@ -115,7 +117,8 @@ def _add_flops(
         known.pick(node, rows)
         if not (sources or rows or writes or (not inputs and _is_constant(node))):
             continue
-        origin = next((source for source in sources if source is not None), None)
+        weights = (source for source in sources if source is not None)
+        origin = max(weights, key=lambda weight: weight.meta["example_value"].numel(), default=None)
         is_data = len(sources) < len(inputs) or (constants.issuperset(inputs) and _is_random(node))
         if not is_data:
             if constants.issuperset(inputs):
@@ -167,12 +170,16 @@ def _shows(node: Node) -> bool:
     return bool(shared) or is_cast(node) or called(node) in _SHOWING
 
 
+_PICKING = (operator.getitem, torch.index_select, torch.gather, torch.take_along_dim)
+
+
 def _read(node: Node) -> list[Node]:
     """What a node reads numbers from; of matrices that an index picks, the matrices: they are a weight as before."""
     inputs = [source for source in node.all_input_nodes if _has_numbers(source) and not only_looks(node, source)]
-    if is_call(node, (operator.getitem, torch.index_select), "index_select"):
-        value = value_of(node.args[0])
-        return inputs[:1] if value is not None and value.dim() > 2 else inputs
+    if is_call(node, _PICKING, *(function.__name__ for function in _PICKING)):
+        (source,) = arguments(node, ("input",))
+        value = value_of(source)
+        return [source] if value is not None and value.dim() > 2 else inputs
     return inputs
 
 

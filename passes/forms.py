@@ -23,8 +23,8 @@ from torch.fx import Node
 from pixelfly_compiler.passes.contractions import batched, contraction, einsum, tensordot
 from pixelfly_compiler.passes.convolutions import convolution, transposed_convolution
 from pixelfly_compiler.passes.experts import grouped_mm
-from pixelfly_compiler.passes.operands import Operands, Step, arguments, of_first, same, shape_of, transpose
-from pixelfly_compiler.passes.weights import is_call, may_write, value_of
+from pixelfly_compiler.passes.operands import Operands, Step, of_first, same, shape_of, transpose
+from pixelfly_compiler.passes.weights import arguments, is_call, may_write, value_of
 
 
 def _linear(node: Node, operand: Node) -> Operands | None:

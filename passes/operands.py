@@ -12,7 +12,7 @@ into an order in which the rows that meet the same matrix are neighbours. `ends`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ class Operands:
 
     `given` are nodes that `enter`, `leave` and `ends` take behind the tensor. `ends(enter(x, *given), *given)` is
     (matrices,) int32; without it each matrix meets as many rows. `apart`, if there is one: the same, where several
-    matrices are joined to one since all rows meet them, without joining them. `once`: x has the rows once that meet each
-    matrix, and only an index knows how many it picks.
+    matrices are joined to one since all rows meet them, without joining them. `once`: x has the rows once that meet
+    each matrix, and only an index knows how many it picks.
     """
 
     x: object
@@ -57,12 +57,6 @@ class Operands:
     ends: Step | None = None
     apart: Callable[[], Operands | None] | None = None
     once: bool = False
-
-
-def arguments(node: Node, names: Sequence[str]) -> list[Any]:
-    """Positional or keyword arguments by name; None where absent."""
-    given = dict(zip(names, node.args, strict=False))
-    return [given.get(name, node.kwargs.get(name)) for name in names]
 
 
 def shape_of(argument: object) -> tuple[int, ...]:

@@ -211,6 +211,12 @@ def called(node: Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
+def arguments(node: Node, names: Sequence[str]) -> list[Any]:
+    """Positional or keyword arguments by name; None where absent."""
+    given = dict(zip(names, node.args, strict=False))
+    return [given.get(name, node.kwargs.get(name)) for name in names]
+
+
 def may_write(node: Node) -> bool:
     """May this node write to an argument? By its schema, or its name, as PyTorch's are: `mul_`, `setitem`, `iadd`."""
     if isinstance(node.target, OpOverload):
@@ -280,8 +286,9 @@ def _selection(use: Use) -> Selection | None:
     user, node, index = use.user, use.operand, None
     if is_call(user, (operator.getitem,)) and user.args[0] is node:
         index = user.args[1][0] if isinstance(user.args[1], tuple) and len(user.args[1]) == 1 else user.args[1]
-    elif is_call(user, (torch.index_select,), "index_select") and user.args[:2] == (node, 0) and len(user.args) == 3:
-        index = user.args[2]
+    elif is_call(user, (torch.index_select,), "index_select"):
+        source, dim, of_first = arguments(user, ("input", "dim", "index"))
+        index = of_first if source is node and dim == 0 else None
     if not isinstance(index, Node) or use.view.dim() != 3 or use.layout is None:
         return None
     value = index.meta.get("example_value")

@@ -60,6 +60,11 @@ def planned(function: Function, x: Tensor, *shape: int, training: bool = False) 
     return plan(model, x, force=True, training=training, device=Device()), counter.get_total_flops()
 
 
+def picks(x: Tensor) -> Tensor:
+    """One of two for each row."""
+    return x[:, :2].argmax(1)
+
+
 COMPUTED: dict[str, Function] = {
     "a mask": lambda x, w: x @ (w * torch.ones(64, 64).tril()),
     "one of x's size": lambda x, w: x @ (w + torch.eye(x.shape[1])),
@@ -85,6 +90,8 @@ def test_a_weight_computed_with_constants_is_counted_and_told_so(kind: str) -> N
         (lambda x, w: torch.vmap(torch.vmap(lambda t: w.T @ t), in_dims=1)(x.view(2, 4, 64)), 8),
         (lambda x, w: torch.vmap(lambda part: x @ part)(w.view(2, 64, 32)), 8),
         (lambda x, w: torch.vmap(lambda t: t @ (w * 2))(x), 8),
+        (lambda x, w: torch.bmm(x[:, None], torch.take_along_dim(w.view(2, 64, 32), picks(x)[:, None, None], 0)), 4),
+        (lambda x, w: torch.bmm(x[:, None], torch.index_select(input=w.view(2, 64, 32), dim=0, index=picks(x))), 4),
         pytest.param(
             lambda x, w: torch.vmap(lambda t: checkpoint(torch.matmul, t, w, use_reentrant=False))(x),
             8,
@@ -99,6 +106,8 @@ def test_a_weight_computed_with_constants_is_counted_and_told_so(kind: str) -> N
         "two vmaps",
         "vmap over it",
         "computed under vmap",
+        "gathered matrices",
+        "picked by name",
         "checkpoint under vmap",
         "cond under vmap",
     ],
@@ -124,6 +133,21 @@ def test_rows_under_vmap_decide() -> None:
 def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> None:
     made, counted = planned(function, torch.randn(8, 64), 64, 64)
     assert made.dense_flops == made["w"].dense_flops == 2 * 8 * 64 * 64 < counted
+
+
+def test_a_flat_parameter_is_counted_and_a_bias_is_not_listed() -> None:
+    flat, _ = planned(lambda x, w: x @ w[:4096].view(64, 64) + w[4096:] * 2, torch.randn(8, 64), 4160)
+    assert [(entry.name, entry.dense_flops) for entry in flat] == [("w[0:4096]", 2 * 8 * 64 * 64)]
+    made, counted = planned(lambda x, w: x @ torch.diag(w), torch.randn(8, 64), 64)
+    assert made.dense_flops == counted and "computed from that" in str(made["w"].reason)
+    assert not planned(lambda x, w: x + w, torch.randn(8, 64), 64)[0].entries
+
+
+def test_the_largest_parameter_has_the_flops_of_what_several_are_computed_to() -> None:
+    model = OneWeight(lambda x, w: torch.addmm(model.b, x, w.sin().view(64, 64)), 4096)
+    model.b = nn.Parameter(torch.randn(64))
+    made = plan(model, torch.randn(8, 64), force=True, device=Device())
+    assert [(entry.name, entry.other_flops) for entry in made] == [("w", 2 * 8 * 64 * 64)]
 
 
 TWO_LAYOUTS: list[Function] = [
