@@ -25,7 +25,7 @@ from pixelfly_compiler.passes.open import put_code
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first
 from pixelfly_compiler.passes.scopes import Scopes
 from pixelfly_compiler.passes.sites import Match
-from pixelfly_compiler.passes.weights import is_call, may_write, uses, value_of
+from pixelfly_compiler.passes.weights import arguments, is_call, may_write, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.
 _JOINS: dict[Any, int | None] = {
@@ -62,13 +62,14 @@ def split_joined_weights(gm: GraphModule) -> GraphModule:
 
 def _joined(module: GraphModule, node: Node) -> _Joined | None:
     join = next((join for join in _JOINS if is_call(node, (join,))), None)
-    if join is None or not node.args or not isinstance(node.args[0], tuple | list):
+    tensors, place = arguments(node, ("tensors", "dim"))
+    if join is None or not isinstance(tensors, tuple | list):
         return None
     dim: Any = _JOINS[join]
     if dim is None:
-        dim = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else 0))
-    parts = tuple(part for part in node.args[0] if isinstance(part, Node) and _is_of_a_parameter(module, part, node))
-    if len(parts) < len(node.args[0]) or not isinstance(dim, int):
+        dim = node.kwargs.get("axis", 0) if place is None else place
+    parts = tuple(part for part in tensors if isinstance(part, Node) and _is_of_a_parameter(module, part, node))
+    if len(parts) < len(tensors) or not isinstance(dim, int):
         return None
     return _Joined(node, parts, dim % 2)
 

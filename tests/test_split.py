@@ -51,7 +51,7 @@ SPLIT: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "outputs, transposed": (lambda x, q, k, b: x @ torch.cat((q, k), dim=-1), ((64, 32), (64, 48), (1,))),
     "outputs, turned later": (lambda x, q, k, b: x @ torch.vstack([q, k]).T, ((32, 64), (48, 64), (1,))),
     "inputs": (lambda x, q, k, b: F.linear(x, torch.hstack([q, k]), b), ((48, 32), (48, 32), (48,))),
-    "inputs, from the left": (lambda x, q, k, b: torch.cat([q, k], 1) @ x.mT, ((48, 40), (48, 24), (1,))),
+    "inputs, from the left": (lambda x, q, k, b: torch.cat(tensors=[q, k], dim=1) @ x.mT, ((48, 40), (48, 24), (1,))),
     "views": (lambda x, q, k, b: F.linear(x, torch.cat([q.T, k[:32]])), ((64, 48), (48, 64), (1,))),
     "an addend": (
         lambda x, q, k, b: torch.addmm(b, x.flatten(0, 1), torch.cat([q, k])),
