@@ -29,6 +29,7 @@ WIDER_SHARE = (1 / 6, 1 / 2)
 TOO_SMALL_SHARE = 0.6
 MARGIN = 1.1  # a site becomes sparse if it is predicted so many times faster: predictions err
 STEP_MARGIN = 1.2  # and those of steps of training more
+NEAR = 0.85  # of its share of the budget, at least: what comes near it
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def candidates(
 ) -> list[Candidate]:
     """Every config that keeps less than all and is predicted faster than dense; with `force`, faster or not.
 
-    The prediction is for the forward pass, so that training and evaluation prefer the same; but with `training` there
-    is none unless a whole step is faster, too, with what comes nearest to the budget.
+    `training`: a whole step with the weight's projection must be faster, too, and not only with what keeps far less
+    than the budget. What is preferred is by the forward pass, so that training and evaluation prefer the same.
     `mixing`: rather smaller blocks than no stride beside the diagonal.
     """
+    projects = training and site.trained and not force
     limit = float("inf") if force else dense_time(site, device) / MARGIN
+    step_limit = dense_time(site, device, training=True) / STEP_MARGIN
     found = []
     for place, block in enumerate(blocks):
         for strides in _strides_tried(site, block, most_strides):
@@ -71,14 +74,14 @@ def candidates(
                 if full and not (force and rank == 0):
                     continue
                 time = sparse_time(site, config, device)
-                if time < limit or force:
-                    bare = 4 * len(blocks) if mixing and not strides else 0
-                    found.append(Candidate(config, total, time, bare + 4 * place + penalty))
-    if training and found and not force:
-        nearest = min(found, key=lambda way: abs(way.kept - budget * site.elements)).config
-        if sparse_time(site, nearest, device, training=True) >= dense_time(site, device, training=True) / STEP_MARGIN:
-            return []
-    return found
+                if time >= limit and not force:
+                    continue
+                if projects and sparse_time(site, config, device, training=True) >= step_limit:
+                    continue
+                bare = 4 * len(blocks) if mixing and not strides else 0
+                found.append(Candidate(config, total, time, bare + 4 * place + penalty))
+    is_near = any(way.kept >= NEAR * budget * site.elements for way in found)
+    return found if is_near or not projects else []
 
 
 def _strides_tried(site: Site, block: int, most: int) -> list[int]:

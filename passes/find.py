@@ -181,7 +181,7 @@ class _Weight:
         if reason is not None:
             return reason
         if not self.uses:
-            return "nothing uses the result of its matmul" if flops else "not used in this graph"
+            return "nothing uses what is computed with it" if flops else "not used in this graph"
         if not self.others:
             return looked_up(flops)
         return no_matmul(self.others[0], self.scopes, self.factors, flops, multiplies)

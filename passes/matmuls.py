@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,18 +23,27 @@ from pixelfly_compiler.passes.weights import Use, value_of
 def matmuls(uses: Sequence[Use], name: str, shape: Sequence[int], scopes: Scopes) -> tuple[list[Match], list[Use]]:
     """Those of the uses of a weight that are matmuls with it, and the others.
 
-    What takes the weight twice multiplies it with itself. Inside of torch.func's grad our operators have no gradient.
-    Of a tensor that gets another shape in place it is not known what it was at the matmul.
+    What takes the weight twice multiplies it with itself, unless a part of it is the bias. Inside of torch.func's grad
+    our operators have no gradient. Of a tensor that gets another shape in place it is not known what it was at the
+    matmul.
     """
-    times = Counter(use.user for use in uses)
     matches: list[Match] = []
     others: list[Use] = []
     for use in uses:
-        possible = times[use.user] == 1 and use.user not in scopes.differentiated and not scopes.is_reshaped(use)
+        possible = _is_weight_alone(use, uses) and use.user not in scopes.differentiated and not scopes.is_reshaped(use)
         match = _match(use, name, shape, scopes) if possible and use.reaches(scopes.without_gradients) else None
         matches += [match] if match else []
         others += [] if match else [use]
     return matches, others
+
+
+def _is_weight_alone(use: Use, uses: Sequence[Use]) -> bool:
+    """Does nothing else of the same weight reach this node, but as its bias?"""
+    beside = [other.operand for other in uses if other.user is use.user and other is not use]
+    if not beside:
+        return True
+    operands = operands_of(use.user, use.operand)
+    return operands is not None and all(operand is operands.bias for operand in beside)
 
 
 def _match(use: Use, name: str, shape: Sequence[int], scopes: Scopes) -> Match | None:

@@ -3,8 +3,8 @@
 A `Site` is one weight, however many matmuls use it, or each part of a weight that matmuls use by itself (chunks of a
 packed qkv). A `Match` is one matmul node of the graph, with what a rewrite needs. A weight that cannot become sparse is
 a site with a reason (it still counts in the budget). A parameter that no matmul uses is `Skipped`, with a reason, and
-with the flops of what else multiplies with it; not one of less than two dimensions, as a bias, if nothing does. Nothing
-else is dropped silently.
+with the flops of what else multiplies with it; not one of less than two dimensions, as a bias, of which torch counts no
+flops. Nothing else is dropped silently.
 """
 
 from __future__ import annotations

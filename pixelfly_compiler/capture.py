@@ -98,10 +98,15 @@ def capture(
 def _gradients_asked_for() -> Iterator[list[bool]]:
     """Of each time that the forward asks for gradients: if these can be differentiated again."""
     asked: list[bool] = []
-    original: Any = vars(torch.autograd)["_engine_run_backward"]  # private; `grad` and `backward` both end there
+    original: Any = vars(torch.autograd).get("_engine_run_backward")  # private; `grad` and `backward` both end there
+    if original is None:
+        yield asked
+        return
 
+    @torch.compiler.disable
     def run(outputs: Any, gradients: Any, retain: Any, create_graph: bool, *args: Any, **kwargs: Any) -> Any:
-        asked.append(create_graph)
+        in_func = torch._C._functorch.peek_interpreter_stack() is not None  # torch.func always says `create_graph`
+        asked.append(create_graph and not in_func)
         return original(outputs, gradients, retain, create_graph, *args, **kwargs)
 
     with patch.object(torch.autograd, "_engine_run_backward", run):

@@ -98,7 +98,7 @@ def make_plan(
         notes += config.why_unmatched(names)
     if training and found.second_derivatives:
         asked = "the forward asks for gradients that are to be differentiated again (create_graph=True)"
-        notes.append(f"{asked}: torch.compile has no second derivatives, and a step of training raises")
+        notes.append(f"{asked}: torch.compile has no second derivatives, and a step of training may raise")
     if not found.sites:
         notes.append("no site: no matmul here has a parameter as its weight, so everything runs dense")
     return Plan(tuple(entries), config.budget, config.allocator, config.basis, training, tuple(notes))
@@ -172,7 +172,7 @@ class _Problem:
         for least_strides in (1, 0) if self.config.vary_strides else (0,):
             for level in range(1, len(self.blocks) + 1):
                 mixing = (way for way in self._candidates(role, level) if way.config.strides >= least_strides)
-                if any(0.85 * target <= way.kept <= 1.25 * target for way in mixing):
+                if any(ways.NEAR * target <= way.kept <= 1.25 * target for way in mixing):
                     return level
         return len(self.blocks)
 
@@ -183,8 +183,7 @@ class _Problem:
         return self._ways[key]
 
     def _found(self, role: str, level: int, training: bool) -> list[ways.Candidate]:
-        sites = self.free[role]
-        site = next((site for site in sites if site.trained), sites[0])  # one decision, though some may be frozen
+        site = self._typical(role)
         return ways.candidates(
             site,
             self.blocks[:level],
@@ -196,6 +195,11 @@ class _Problem:
             mixing=self.config.vary_strides,
             most_strides=256 if self.config.allocator == "proportional" else 48,
         )
+
+    def _typical(self, role: str) -> Site:
+        """The site that decides for all: one that is trained, if any is."""
+        sites = self.free[role]
+        return next((site for site in sites if site.trained), sites[0])
 
     def _roles(self) -> list[Role]:
         roles = [self._role(role) for role in self.free]
@@ -242,7 +246,7 @@ class _Problem:
     def _why_dense(self, role: str) -> str:
         if self.chosen[role]:
             return "the budget has room for it: dense loses nothing here"
-        site = self.free[role][0]
+        site = self._typical(role)
         finest = self.blocks[-1]
         if min(site.out_features, site.in_features) <= finest:
             return f"too small: its shorter side is one block of {finest}"

@@ -196,12 +196,15 @@ class Announcer:
     def nothing_sparse(self, plan: Plan) -> None:
         """A whole model stays dense."""
         if self._first_time("nothing" if not plan.entries else plan.digest):
-            sites = [entry for entry in plan.entries if entry.is_site]
-            reason = "; ".join(plan.notes)
-            if sites:
-                largest = max(sites, key=lambda entry: entry.dense_flops)
-                reason = f"{largest.name}: {largest.reason}. pixelfly_compiler.plan(model, args) lists all decisions."
-            log.warning("pixelfly: nothing was made sparse: %s", reason)
+            dense = [entry for entry in plan.entries if entry.is_site and entry.reason]
+            reason = "; ".join(plan.notes) or "every site here is dense"
+            if dense:
+                largest = max(dense, key=lambda entry: entry.dense_flops)
+                reason = f"{largest.name}: {largest.reason}"
+            log.warning(
+                "pixelfly: nothing was made sparse: %s. pixelfly_compiler.plan(model, args) lists all decisions.",
+                reason,
+            )
 
     def used_otherwise(self, name: str, where: str, how: str) -> None:
         """A graph uses a weight in another way than it is sparse in: dense, or another part of it."""

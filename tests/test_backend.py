@@ -1022,7 +1022,7 @@ def test_a_broken_model_without_sites_is_told_too(caplog: pytest.LogCaptureFixtu
     assert "nothing was made sparse" in text
 
 
-@pytest.mark.parametrize("mode", ["trained", "evaluated", "without gradients", "frozen"])
+@pytest.mark.parametrize("mode", ["trained", "evaluated", "without gradients", "frozen", "only biases"])
 def test_steps_of_few_rows_stay_dense_where_they_train(
     mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1030,6 +1030,8 @@ def test_steps_of_few_rows_stay_dense_where_they_train(
     monkeypatch.setattr(backend, "inductor", lambda gm, inputs, patches: aot_eager(gm, list(inputs)))
     monkeypatch.setattr(calibration, "calibrate", Device)  # not what this machine is like
     model, x = nn.Linear(768, 768).requires_grad_(mode != "frozen").train(mode != "evaluated"), torch.randn(16, 768)
+    if mode == "only biases":
+        model.weight.requires_grad_(False)
     with torch.set_grad_enabled(mode != "without gradients"):
         made = plan(model, x)
         result = torch.compile(model, backend="pixelfly")(x)

@@ -138,6 +138,8 @@ def test_what_a_weight_makes_of_positions_is_no_weight(function: Function) -> No
 def test_a_flat_parameter_is_counted_and_a_bias_is_not_listed() -> None:
     flat, _ = planned(lambda x, w: x @ w[:4096].view(64, 64) + w[4096:] * 2, torch.randn(8, 64), 4160)
     assert [(entry.name, entry.dense_flops) for entry in flat] == [("w[0:4096]", 2 * 8 * 64 * 64)]
+    packed, _ = planned(lambda x, w: F.linear(x, w[:4096].view(64, 64), w[4096:]), torch.randn(8, 64), 4160)
+    assert [(entry.name, entry.dense_flops) for entry in packed.sparse] == [("w[0:4096]", 2 * 8 * 64 * 64)]
     made, counted = planned(lambda x, w: x @ torch.diag(w), torch.randn(8, 64), 64)
     assert made.dense_flops == counted and "computed from that" in str(made["w"].reason)
     assert not planned(lambda x, w: x + w, torch.randn(8, 64), 64)[0].entries

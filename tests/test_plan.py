@@ -213,6 +213,15 @@ def test_a_step_of_training_must_pay_for_the_projection() -> None:
     assert decided(1).reason and decided(1, training=False).reason is None
 
 
+@pytest.mark.parametrize("allocator", ["proportional", "error"])
+def test_no_choice_of_a_training_plan_is_predicted_slower(allocator: str) -> None:
+    """Also where the allocator takes another than what is nearest to the weight's own share of the budget."""
+    for b in (96, 112):
+        sites = site(384, 768, rows=64, name="a", trained=True), site(b, 96, rows=8192, name="b", trained=True)
+        made = make_plan(Found(sites, (), ()), Config(allocator=allocator), device=DEVICE, training=True)
+        assert all(entry.speedup > 1.1 for entry in made.sparse)
+
+
 def test_frozen_and_trained_weights_of_one_role_share_a_decision() -> None:
     sites = tuple(site(768, 768, rows=32, name=name, role="q", trained=name == "b") for name in "ab")
     made = make_plan(Found(sites, (), ()), Config(), device=DEVICE, training=True)

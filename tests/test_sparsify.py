@@ -21,6 +21,8 @@ from pixelfly_compiler.decision import Entry, Plan
 from pixelfly_compiler.errors import CompactError, OptionError, PlanMismatchError
 from pixelfly_compiler.kernels.support import flat_butterfly
 from pixelfly_compiler.parametrization import CompactWeight, Scales
+from pixelfly_compiler.passes import calibration
+from pixelfly_compiler.passes.cost import Device
 from pixelfly_compiler.passes.sites import SiteConfig
 
 OPTIONS: dict[str, Any] = {"budget": 0.5, "force": True, "block_size": 32}
@@ -716,6 +718,13 @@ def test_a_failure_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 def test_nothing_to_make_compact_is_said(caplog: pytest.LogCaptureFixture) -> None:
     compact(nn.Sequential(nn.LayerNorm(WIDTH)))
     assert len(said(caplog)) == 1 and "nothing was made compact: no site" in said(caplog)[0]
+
+
+def test_no_site_stays_dense_for_a_projection_that_compact_weights_have_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "calibrate", Device)  # not what this machine is like
+    model = nn.Linear(96, 96)
+    pf.sparsify_(model, torch.randn(64, 96))
+    assert len(pf.plan_of(model).sparse) == 1
 
 
 def test_what_was_done_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
