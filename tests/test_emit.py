@@ -780,10 +780,11 @@ EPILOGUES: dict[str, tuple[Callable[[Tensor, Layer], Tensor], list[float]]] = {
     "cast": (lambda x, layer: layer(x).float(), [1]),
     "norm": (lambda x, layer: layer(nn.functional.layer_norm(layer(x), (512,))), [1, 1, 1]),
     "dropout": (lambda x, layer: nn.functional.dropout(gelu(layer(x)), 0.1), [6.5]),
-    "geglu": (lambda x, layer: layer(gelu(layer(x), approximate="tanh") * layer(x.flip(1))), [3, 3.5, 1, 4.5]),
+    "geglu": (lambda x, layer: layer(gelu(layer(x), approximate="tanh") * layer(-x)), [3, 3.5, 1, 4.5]),
     "mish": (lambda x, layer: layer(nn.functional.mish(layer(x))), [3.5, 1, 4]),
+    "power": (lambda x, layer: layer(layer(x).abs() ** 2.5 * x), [4, 1, 4]),
     "affine": (lambda x, layer: ((layer(x) - x[0]) * x[1] * x[2] + x[3]).relu(), [2]),
-    "sine": (lambda x, layer: layer(layer(x).sin()), [5, 1, 2]),
+    "sine": (lambda x, layer: layer(layer(x).sin()), [7, 1, 2]),
     "experts": (to_experts, [1, 1, 1, 8]),
 }
 HEAVY = ["dropout", "geglu", "mish", "sine", "experts"]
