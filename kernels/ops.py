@@ -16,6 +16,7 @@ All are closed under differentiation. The eager implementation is `reference`; t
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,8 @@ def _linear_backward(ctx: Any, gy: Tensor | None, gt: Tensor | None) -> tuple[Te
 
 def rows_of(x: Tensor) -> Tensor:
     """x (..., features) as (rows, features)."""
-    return x.reshape(-1, x.shape[-1])
+    # Counted: what PyTorch divides for -1 loses a factor in the backward of a branch of symbolic sizes.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def add(a: Tensor | None, b: Tensor) -> Tensor:
