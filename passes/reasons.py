@@ -63,9 +63,11 @@ def no_matmul(use: Use, scopes: Scopes, factors: Collection[Node], flops: int, m
     if flops and _picks_rows(use):
         return f"used by {_describe(use.user)}, {_PICKED}"
     why = _hint(use, scopes, factors)
-    if why is None:
-        computed = multiplies and not flops_of(use.user, scopes.hidden)
-        why = _COMPUTED if computed else "not by a matmul pixelfly knows"
+    if why is None and flops_of(use.user, scopes.hidden):
+        picked = "" if use.selection is None else "which multiplies with what an index picks, "
+        why = f"{picked}in a way pixelfly does not know"
+    elif why is None:
+        why = _COMPUTED if multiplies else "not by a matmul pixelfly knows"
     return f"used by {_describe(use.user)}, {why}"
 
 

@@ -931,6 +931,7 @@ LISTS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
     "channels": (lambda x, w: F.conv1d(x.mT, w, stride=2).sum(1), (3, 32, 2)),
     "turned": (lambda x, w: x[..., : len(w)] @ w.transpose(0, 1), (3, 2, 48)),
     "some": (lambda x, w: x[:1] @ w[:2], (3, 32, 48)),
+    "one of them": (lambda x, w: x @ w[-1], (3, 32, 48)),
     "in another order": (
         lambda x, w: x[:1] @ w.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1) if len(w) > 1 else x @ w,
         (3, 32, 48),
@@ -946,6 +947,7 @@ def test_a_list_of_picked_matrices_is_one_matrix_only_if_it_has_one(form: str) -
         (found,) = found_in(model, X)
         if picks > 1 or form == "turned":
             assert not found.matches
+            assert all("not by a matmul" not in item.reason for item in found.skipped)
         else:
             assert [(site.matrices, site.reason) for site in found.sites] == [(3, None)]
 
