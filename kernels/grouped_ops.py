@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pixelfly_compiler.kernels import reference
-from pixelfly_compiler.kernels.ops import add, check_dtypes, rows_of
+from pixelfly_compiler.kernels.ops import add, check_dtypes, one_by_one, rows_of
 from pixelfly_compiler.kernels.reference import SupportIndex
 
 
@@ -106,6 +106,20 @@ def _factor_grad(a: Tensor, b: Tensor, factor: Tensor, ends: Tensor | None, grou
 
 
 _grouped_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@_grouped_linear.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Where all matrices meet as many rows, those of all examples lie side by side."""
+    op = torch.ops.pixelfly.grouped_linear
+    (x, blocks, u, v, ends, *rest), (x_dim, *others) = args, in_dims
+    if x_dim is None or ends is not None or any(dim is not None for dim in others):
+        return one_by_one(op, info, in_dims, args), (0, 0)
+    *lead, k = x.movedim(x_dim, 0).shape
+    by_matrix = x.movedim(x_dim, 0).reshape(info.batch_size, blocks.shape[0], -1, k).transpose(0, 1)
+    y, t = op(by_matrix, blocks, u, v, None, *rest)
+    y, t = (part.transpose(0, 1).reshape(*lead, part.shape[-1]) for part in (y, t))
+    return (y, t), (0, 0)
 
 
 @torch.library.custom_op("pixelfly::grouped_block_grad", mutates_args=())

@@ -150,12 +150,19 @@ def _(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Ten
     x_dim, *others = in_dims
     if x_dim is not None and all(dim is None for dim in others):
         return op(args[0].movedim(x_dim, 0), *args[1:]), (0, 0)
+    return one_by_one(op, info, in_dims, args), (0, 0)
+
+
+def one_by_one(
+    op: Callable[..., tuple[Tensor, Tensor]], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """An operator under vmap, called for each of the mapped arguments, and its results stacked."""
     pairs = [
         op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     ys, ts = zip(*pairs, strict=True)
-    return (torch.stack(ys), torch.stack(ts)), (0, 0)
+    return torch.stack(ys), torch.stack(ts)
 
 
 def linear(

@@ -56,6 +56,27 @@ def test_without_ends_the_groups_are_of_equal_size() -> None:
         torch.ops.pixelfly.grouped_linear(torch.randn(10, 70).double(), blocks, u, v, None, index, 40, False)
 
 
+@pytest.mark.parametrize("rank", [0, 16])
+@pytest.mark.parametrize("mapped", ["x", "x and ends", "x and blocks"])
+def test_under_vmap_each_example_is_by_itself(mapped: str, rank: int) -> None:
+    """And none is counted as a pitfall of speed, which would be a warning."""
+    blocks, u, v = compact(SUPPORT, rank)
+    index, x = ops.support_index(SUPPORT), torch.randn(2, 4, 3, 70).double()
+    ends = torch.tensor([[0, 3, 9], [2, 2, 12]], dtype=torch.int32)
+
+    def run(x: Tensor, blocks: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        grouped = torch.ops.pixelfly.grouped_linear
+        return grouped(x, blocks, u, v, ends if "ends" in mapped else None, index, 40, False)  # type: ignore[no-any-return]
+
+    many = torch.stack([blocks, -blocks] if "blocks" in mapped else [blocks, blocks])
+    dims = (1, 0 if "blocks" in mapped else None, 0 if "ends" in mapped else None)
+    places = (x.movedim(0, 1), many if "blocks" in mapped else blocks, ends if "ends" in mapped else ends[0])
+    result = torch.func.vmap(run, in_dims=dims)(*places)
+    each = [run(x[i], many[i], ends[i]) for i in range(2)]
+    for one, other in zip(result, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(other))
+
+
 def test_ends_that_descend_are_an_error() -> None:
     blocks, u, v = compact(SUPPORT, 0)
     ends = torch.tensor([4, 2, 9], dtype=torch.int32)
