@@ -58,8 +58,8 @@ def test_without_ends_the_groups_are_of_equal_size() -> None:
 
 @pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("mapped", ["x", "x and ends", "x and blocks"])
-def test_under_vmap_each_example_is_by_itself(mapped: str, rank: int) -> None:
-    """And none is counted as a pitfall of speed, which would be a warning."""
+def test_under_vmap_each_example_is_by_itself(mapped: str, rank: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without PyTorch's warning, past Python, of a slow fallback."""
     blocks, u, v = compact(SUPPORT, rank)
     index, x = ops.support_index(SUPPORT), torch.randn(2, 4, 3, 70).double()
     ends = torch.tensor([[0, 3, 9], [2, 2, 12]], dtype=torch.int32)
@@ -75,6 +75,7 @@ def test_under_vmap_each_example_is_by_itself(mapped: str, rank: int) -> None:
     each = [run(x[i], many[i], ends[i]) for i in range(2)]
     for one, other in zip(result, zip(*each, strict=True), strict=True):
         torch.testing.assert_close(one, torch.stack(other))
+    assert "performance drop" not in capfd.readouterr().err
 
 
 def test_ends_that_descend_are_an_error() -> None:
