@@ -39,13 +39,14 @@ def _patches(x: Tensor, w: Tensor, b: Tensor | None, size: int) -> Tensor:
 
 
 def _picks(x: Tensor, matrices: int) -> Tensor:
-    """A matrix for each row of x, by its values."""
-    return x.detach().flatten(0, 1)[:, :matrices].argmax(-1)
+    """A matrix for each row of x: some have more rows than others. Data decides, but nothing that rounding changes."""
+    rows = x.detach().flatten(0, 1)
+    return (torch.arange(len(rows)) ** 2 + rows.isnan().sum()) % matrices
 
 
 def _rows(x: Tensor, count: int) -> Tensor:
-    """So many indices, which the values of x tell."""
-    return x.detach()[0].flatten().argsort()[:count]
+    """So many indices; see `_picks`."""
+    return (3 * torch.arange(count) + x.detach()[0].isnan().sum()).flip(0)
 
 
 def _changed(x: Tensor) -> Tensor:
@@ -276,7 +277,8 @@ def _autocast(run: Run, x: Tensor) -> Tensor:
 AROUND: dict[str, Callable[[Run, Tensor], Tensor]] = {
     "nothing": lambda run, x: run(x),
     "checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=False),
-    "branch": lambda run, x: torch.cond(x.sum() > 0, run, lambda x: -run(x), (x,)),
+    # The other branch if 66 wide: data decides, but nothing that rounding changes.
+    "branch": lambda run, x: torch.cond(x.isnan().sum() == x.shape[-1] // 2 % 2, run, lambda x: -run(x), (x,)),
     "vmap": lambda run, x: torch.vmap(lambda row: run(row[None])[0])(x),
     "map": lambda run, x: map_(lambda row: run(row[None])[0], x),
     "without gradients too": _without_gradients_too,
