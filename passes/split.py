@@ -25,6 +25,7 @@ from pixelfly_compiler.passes.open import put_code
 from pixelfly_compiler.passes.rewrite import erase_unused, last_first
 from pixelfly_compiler.passes.scopes import Scopes
 from pixelfly_compiler.passes.sites import Match
+from pixelfly_compiler.passes.strides import laid_out, order_to_keep
 from pixelfly_compiler.passes.weights import arguments, is_call, may_write, uses, value_of
 
 # How to join tensors -> the dimension, None where it is an argument.
@@ -117,8 +118,7 @@ def _code(match: Match, joined: _Joined) -> Callable[..., Tensor]:
     dtype = match.weight.meta["example_value"].dtype
     along_outputs = (joined.dim == 0) != match.transposed
     product = _beside if along_outputs else _sum
-
-    count = len(match.operands.given)
+    count, order = len(match.operands.given), order_to_keep(match)
 
     def run(x: Tensor, *inputs: Tensor) -> Tensor:
         parts, others = inputs[: len(joined.parts)], inputs[len(joined.parts) :]
@@ -126,7 +126,8 @@ def _code(match: Match, joined: _Joined) -> Callable[..., Tensor]:
         weights = [(part.t() if match.transposed else part).to(dtype) for part in parts]
         bias = None if match.bias is None else terms.pop(0)
         y = match.operands.leave(product(match.operands.enter(x, *given), weights, bias), *given)
-        return y + terms[0] if terms else y
+        y = y + terms[0] if terms else y
+        return y if order is None else laid_out(y, order)
 
     return run
 

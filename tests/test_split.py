@@ -71,6 +71,7 @@ def test_each_parameter_is_a_site(kind: str, dynamic: bool) -> None:
     model = Joined(function, *shapes)
     found, result = split(model, X, dynamic)
     torch.testing.assert_close(result, model(X))
+    assert result.stride() == model(X).stride()
     assert [(site.parameter, site.rows, site.reason) for site in found.sites] == [("q", 15, None), ("k", 15, None)]
     model.zero_grad()
     gradients = torch.autograd.grad(result.sin().sum(), (model.q, model.k))
