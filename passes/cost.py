@@ -83,7 +83,8 @@ class Device:
     """Constants of the time model, in flop/s, byte/s and seconds. Rates are by dtype, efficiencies by block.
 
     The defaults of what our kernels do were fitted to 176 measurements by `benchmarks/never_slower.py`, on Zen 5 with
-    AVX-512, in fp32 and bf16, for 1 to 4096 rows, and rounded to the slower side.
+    AVX-512, in fp32 and bf16, for 1 to 4096 rows, and rounded to the slower side. What the projection takes in a step
+    of training was fitted to 112 on Zen 4, by its `--modes training --force`, for 1 to 2048 rows.
     """
 
     name: str = "cpu (defaults)"
